@@ -1,0 +1,771 @@
+"""CLIRAT: Confused-Label Instance-Reweighted Adversarial Training (Qiu et al. 2023) in one file.
+
+    python clirat.py --arch resnet18 --gamma 10 --beta -0.5
+
+Equations and Algorithm 1 are the paper's; where it is silent, the README's table says what is done here and why.
+Throughout: N images in a batch, K classes, images (N, C, H, W) in [0, 1], logits and probabilities (N, K), labels (N,).
+"""
+
+import argparse
+import contextlib
+import csv
+import datetime
+import io
+import itertools
+import json
+import math
+import os
+import signal
+import statistics
+import sys
+import time
+import zipfile
+import zlib
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+
+try:
+    import fcntl
+except ImportError:  # Windows: run folders are not locked
+    fcntl = None
+
+# ---- Margins and weights -------------------------------------------------------------------------------------------
+
+
+def pm(probs, labels):
+    """Probability margin (Eq. 5): p_y minus the largest other probability.
+
+    probs: (N, K) rows of probabilities, K >= 2, any float dtype. labels: (N,) int64 in 0..K-1.
+    Returns (N,) in [-1, 1], negative where the example is misclassified. ValueError on a wrong shape.
+    """
+    if probs.ndim != 2 or probs.shape[1] < 2 or labels.shape != probs.shape[:1]:
+        raise ValueError(f"want probs (N, K >= 2) and labels (N,), got {tuple(probs.shape)} and {tuple(labels.shape)}")
+    y = labels[:, None]  # (N, 1)
+    return probs.gather(1, y).squeeze(1) - probs.scatter(1, y, -torch.inf).amax(1)
+
+
+def cl_pm(probs, labels):
+    """Confused-label probability margin, CL-PM (Eq. 7).
+
+    A confused label (CL) is a class j with p_j > p_y. CL-PM is PM (Eq. 5) for an example without CLs, otherwise the sum
+    of p_y - p_j over its CLs.
+
+    probs: (N, K) rows of probabilities, K >= 2, any float dtype. labels: (N,) int64 in 0..K-1.
+    Returns (N,) in [-1, 1]: PM where there is at most one CL, less than PM where there are several, 0 on a tie.
+    ValueError on a wrong shape.
+    """
+    if probs.ndim != 2 or probs.shape[1] < 2 or labels.shape != probs.shape[:1]:
+        raise ValueError(f"want probs (N, K >= 2) and labels (N,), got {tuple(probs.shape)} and {tuple(labels.shape)}")
+    y = labels[:, None]  # (N, 1)
+    gaps = probs.gather(1, y) - probs  # (N, K): p_y - p_j, negative at the CLs and 0 at j = y
+    margin = gaps.scatter(1, y, torch.inf).amin(1)  # (N,): Eq. 5
+    return torch.where(margin < 0, gaps.clamp(max=0).sum(1), margin)
+
+
+def instance_weights(margins, gamma, beta, norm="batch"):
+    """Weights of a batch from its margins (Eq. 6, Algorithm 1 l.9 and l.14); they carry no gradient.
+
+    margins: (N,) of `pm`, `cl_pm` or another measure that falls with vulnerability. gamma >= 0: slope. beta: bias.
+    norm: "batch" scales the weights to mean 1; "mail" multiplies them by 3 instead, as MAIL's released code does.
+    Returns (N,), non-negative and finite for any gamma. ValueError on another norm.
+    """
+    scores = (gamma * (beta - margins.detach())).nan_to_num()  # finite where a huge gamma overflows
+    if norm == "batch":  # m w / sum(w) in log space: no 0 / 0 where every w underflows
+        return len(margins) * F.logsigmoid(scores).softmax(0)
+    if norm == "mail":
+        return 3 * scores.sigmoid()
+    raise ValueError(f"unknown norm {norm!r}: use batch or mail")
+
+
+# ---- Losses: tensors in, tensors out -------------------------------------------------------------------------------
+
+
+def weighted_mean(losses, weights):  # Algorithm 1 l.15, as a mean
+    return losses.mean() if weights is None else (weights * losses).mean()
+
+
+def kl(logits_nat, logits_adv):
+    """KL(p(x) || p(x_adv)) of each example, (N,). Both sides in log space: no NaN gradient where softmax underflows."""
+    return F.kl_div(logits_adv.log_softmax(1), logits_nat.log_softmax(1), reduction="none", log_target=True).sum(1)
+
+
+def at_loss(logits_adv, labels, weights=None):
+    """Adversarial training: mean of w CE(f(x_adv), y). logits (N, K), labels and weights (N,); a scalar >= 0."""
+    return weighted_mean(F.cross_entropy(logits_adv, labels, reduction="none"), weights)
+
+
+def trades_loss(logits_nat, logits_adv, labels, trade_off, weights=None):
+    """TRADES (Eq. 3), its robust term weighted: mean CE(f(x), y) + trade_off * mean w KL(p(x) || p(x_adv)); scalar."""
+    return F.cross_entropy(logits_nat, labels) + trade_off * weighted_mean(kl(logits_nat, logits_adv), weights)
+
+
+def mart_loss(logits_nat, logits_adv, labels, trade_off, weights=None):
+    """MART (Eq. 4), its adversarial term weighted; a scalar.
+
+    mean w BCE(p(x_adv), y) + trade_off * mean KL(p(x) || p(x_adv)) (1 - p_y(x)),
+    BCE = -log p_y - log(1.0001 - max_{k != y} p_k), where 1.0001 is the stabiliser of MART's published code.
+    """
+    y = labels[:, None]  # (N, 1)
+    runner_up = logits_adv.softmax(1).scatter(1, y, 0).amax(1)  # (N,)
+    bce = F.cross_entropy(logits_adv, labels, reduction="none") - torch.log(1.0001 - runner_up)
+    p_y = logits_nat.softmax(1).gather(1, y).squeeze(1)
+    return weighted_mean(bce, weights) + trade_off * (kl(logits_nat, logits_adv) * (1 - p_y)).mean()
+
+
+class Method(NamedTuple):
+    loss: str  # at, trades or mart
+    margin: str | None = None  # pm (Eq. 5), cl-pm (Eq. 7), lps (GAIRAT) or None: all weights 1
+    gamma: float | None = None
+    beta: float | None = None
+    trade_off: float | None = None
+
+
+METHODS = {
+    "at": Method("at"),
+    "trades": Method("trades", trade_off=5.0),
+    "mart": Method("mart", trade_off=6.0),
+    "mail-at": Method("at", "pm", 10.0, -0.5),
+    "mail-trades": Method("trades", "pm", 2.0, 0.0, 5.0),
+    "mail-mart": Method("mart", "pm", 2.0, 0.0, 6.0),
+    "clirat": Method("at", "cl-pm", 10.0, -0.5),
+    "clir-trades": Method("trades", "cl-pm", 2.0, 0.0, 5.0),
+    "clir-mart": Method("mart", "cl-pm", 2.0, 0.0, 6.0),
+    # GAIRAT's (1 + tanh(-1 + 5 (1 - 2 kappa / steps))) / 2 is Eq. 6 with kappa / steps for the margin and these two:
+    "gairat": Method("at", "lps", 20.0, 0.4),
+    "fat": Method("at"),
+}
+
+
+# ---- PGD -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def frozen(model):
+    """Hold a model in eval mode with constant parameters, then restore what was found, module by module."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def pgd(model, x, y, *, eps, step_size, steps, loss="ce", init="normal", tau=None, autocast=None, return_kappa=False):
+    """Projected gradient ascent in the L-infinity ball (Eq. 2; Algorithm 1 l.5-8).
+
+    x: (N, C, H, W) in [0, 1]. y: (N,). eps, step_size: in units of x. steps >= 0.
+    loss: "ce" cross-entropy, "kl" KL(p(x) || p(x_adv)), "cw" max_{k != y} z_k - z_y.
+    init: "normal" x + 0.001 N(0, I), "uniform" in the ball, "none" x itself, or the start point as a tensor like x.
+    tau: an example stops once more than tau of its iterates, the start included, were misclassified (FAT); None: never.
+    autocast: a context for the model's forward passes; everything else stays in the dtype of x.
+
+    Returns x_adv like x, inside the ball and [0, 1]; with return_kappa also kappa (N,), at how many of the `steps`
+    iterates before the last the example was classified correctly (GAIRAT). Runs in eval mode and restores the mode it
+    found; gradients and BatchNorm statistics stay untouched. ValueError on an unknown loss or init.
+    """
+    if loss not in ("ce", "kl", "cw"):
+        raise ValueError(f"unknown loss {loss!r}: use ce, kl or cw")
+    if isinstance(init, torch.Tensor):
+        x_adv = init.detach()
+    elif init == "normal":
+        x_adv = x + 0.001 * torch.randn_like(x)
+    elif init == "uniform":
+        x_adv = x + torch.empty_like(x).uniform_(-eps, eps)
+    elif init == "none":
+        x_adv = x
+    else:
+        raise ValueError(f"unknown init {init!r}: use normal, uniform, none or a tensor")
+    autocast = autocast or contextlib.nullcontext()
+    x = x.detach()
+    lower, upper = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    x_adv = x_adv.detach().clamp(lower, upper)
+    kappa = torch.zeros_like(y)
+
+    with frozen(model), torch.enable_grad():
+        if loss == "kl":  # the natural branch is constant: one forward, not one a step
+            with torch.no_grad(), autocast:
+                logits_nat = model(x)
+        for t in range(steps):
+            x_adv.requires_grad_()
+            with autocast:
+                logits = model(x_adv)
+            logits = logits.to(x.dtype)
+            if loss == "ce":
+                objective = F.cross_entropy(logits, y, reduction="sum")
+            elif loss == "kl":
+                objective = kl(logits_nat.to(x.dtype), logits).sum()
+            else:
+                z_y = logits.gather(1, y[:, None]).squeeze(1)
+                objective = (logits.scatter(1, y[:, None], -torch.inf).amax(1) - z_y).sum()
+            (grad,) = torch.autograd.grad(objective, x_adv)
+            kappa += logits.argmax(1) == y
+            step = step_size * grad.sign()
+            if tau is not None:
+                step *= (t + 1 - kappa <= tau).view(-1, *[1] * (x.ndim - 1))
+            x_adv = (x_adv.detach() + step).clamp(lower, upper)
+    return (x_adv, kappa) if return_kappa else x_adv
+
+
+# ---- Algorithm 1 ---------------------------------------------------------------------------------------------------
+
+
+def scaled(epochs, *paper_epochs):
+    """Epochs of the paper's 120-epoch schedule, scaled to a run of `epochs`."""
+    return [round(epochs * epoch / 120) for epoch in paper_epochs]
+
+
+def learning_rate(epoch, lr, milestones):
+    """Learning rate of an epoch (1-based): lr, divided by 10 after each milestone."""
+    return lr / 10 ** sum(epoch > milestone for milestone in milestones)
+
+
+def is_lead():
+    """Whether this process writes the files: rank 0 under torchrun."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def gather(t):
+    """(n, ...) of each process -> (N, ...) of the global batch, in rank order; without torchrun, t itself."""
+    if not dist.is_initialized():
+        return t
+    out = t.new_empty(dist.get_world_size() * len(t), *t.shape[1:])
+    dist.all_gather_into_tensor(out, t)
+    return out
+
+
+def shard(t):
+    """(N, ...) of the global batch -> this process's (n, ...): the inverse of `gather`."""
+    return t.tensor_split(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else t
+
+
+def batch_weights(args, probs, y, kappa, num_cl):
+    """Algorithm 1 l.9 and l.14 over the global batch; examples dropped by `--exclude` get weight 0. Returns (n,)."""
+    method = METHODS[args.method]
+    margins, gamma, beta = torch.zeros_like(probs[:, 0]), 0, 0  # an unweighted method, here for --exclude alone
+    if method.margin:
+        margins = kappa / args.steps if method.margin == "lps" else {"pm": pm, "cl-pm": cl_pm}[method.margin](probs, y)
+        gamma, beta = args.gamma, args.beta
+    margins, num_cl = gather(margins), gather(num_cl)  # (N,) each
+    if args.exclude is None:
+        return shard(instance_weights(margins, gamma, beta, args.weight_norm))
+    keep = num_cl != 1 if args.exclude == "single" else num_cl < 2
+    weights = torch.zeros_like(margins)
+    weights[keep] = len(keep) / keep.sum() * instance_weights(margins[keep], gamma, beta, args.weight_norm)
+    return shard(weights)
+
+
+def train_step(args, epoch, net, model, optimizer, x, y, start):
+    """Algorithm 1 l.4-15 on one mini-batch, or on this process's part of it.
+
+    net: the network, attacked. model: the same for the training forward, in DistributedDataParallel under torchrun.
+    x, start: (n, C, H, W), images and PGD's start points. y: (n,). Returns sums over the examples, (8,): loss; examples
+    with no, one and several confused labels; the weights of these three groups; squared weights.
+    FloatingPointError on a non-finite loss, before it reaches the network.
+    """
+    method = METHODS[args.method]
+    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp)
+    tau = sum(epoch > e for e in scaled(args.epochs, 50, 90)) if args.method == "fat" else None
+    inner_loss = "kl" if method.loss == "trades" else "ce"
+
+    x_adv, kappa = pgd(  # Alg. 1 l.4-8
+        net, x, y, eps=args.eps, step_size=args.step_size, steps=args.steps, loss=inner_loss, init=start, tau=tau,
+        autocast=autocast, return_kappa=True,
+    )  # fmt: skip
+    with autocast:
+        logits_nat = None if method.loss == "at" else model(x).float()  # (n, K)
+        logits_adv = model(x_adv).float()  # (n, K)
+
+    with torch.no_grad():
+        probs = logits_adv.softmax(1)
+        num_cl = (probs > probs.gather(1, y[:, None])).sum(1)  # (n,)
+        weights = torch.ones_like(probs[:, 0])  # l.12
+        if epoch > args.burn_in and (method.margin or args.exclude):  # l.11
+            weights = batch_weights(args, probs, y, kappa, num_cl)  # l.9, l.14
+
+    if method.loss == "at":
+        loss = at_loss(logits_adv, y, weights)
+    elif method.loss == "trades":
+        loss = trades_loss(logits_nat, logits_adv, y, args.trade_off, weights)
+    else:
+        loss = mart_loss(logits_nat, logits_adv, y, args.trade_off, weights)
+    if not loss.isfinite():
+        raise FloatingPointError(f"the loss is {loss.item()}")
+    if not args.exclude or gather(weights).any():  # with every example dropped there is nothing to learn from
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()  # l.15
+
+    groups = F.one_hot(num_cl.clamp(max=2), 3).float()  # (n, 3)
+    total_loss, squares = (loss.detach() * len(x))[None], weights.square().sum()[None]
+    return torch.cat([total_loss, groups.sum(0), weights @ groups, squares])
+
+
+def evaluate(net, x, y, *, eps, batch_size):
+    """NAT and PGD-20 accuracy in [0, 1] on uint8 images x (N, C, H, W), in fp32.
+
+    PGD-20 as in MAIL's evaluation: uniform start, step 0.003, verdict on the last iterate.
+    """
+    correct = torch.zeros(2, device=x.device)
+    for images, labels in zip(shard(x).split(batch_size), shard(y).split(batch_size), strict=True):
+        images = to_input(images)
+        x_adv = pgd(net, images, labels, eps=eps, step_size=0.003, steps=20, init="uniform")
+        with frozen(net), torch.no_grad():
+            correct += torch.stack([(net(inputs).argmax(1) == labels).sum() for inputs in (images, x_adv)])
+    if dist.is_initialized():
+        dist.all_reduce(correct)
+    return (correct / len(x)).tolist()
+
+
+def mini_batches(x, y, batch_size):
+    """Shuffled, augmented (images, labels, PGD start points) of one epoch; under torchrun, this process's part of each.
+
+    Everything random is drawn for the global batch from a state that all processes share, so that their number does not
+    change the training data.
+    """
+    for batch in torch.randperm(len(x), device=x.device).split(batch_size):
+        if dist.is_initialized():  # equal parts: the last batch loses up to world size - 1 examples
+            batch = batch[: len(batch) // dist.get_world_size() * dist.get_world_size()]
+        images = augment(x[batch])
+        noise = torch.randn(images.shape, device=x.device)
+        images = to_input(shard(images))
+        yield images, shard(y[batch]), images + 0.001 * shard(noise)  # README: start off x, where TRADES' KL is flat
+
+
+SMALL_RUN = "python clirat.py --data toy --arch wrn-10-1 --epochs 12"
+
+
+def report_progress(args, device, done, steps, step_seconds):
+    """Progress and time left on a terminal; on a CPU, one early word about a run that will take more than a day."""
+    left = datetime.timedelta(seconds=round(step_seconds * (steps - done)))
+    if sys.stderr.isatty():
+        print(f"\rstep {done}/{steps}, {left} left \r", end="", file=sys.stderr, flush=True)
+    if done == 3 and device.type == "cpu" and left > datetime.timedelta(days=1):
+        print(f"This run will take about {left} on this CPU. A CPU-sized one: {SMALL_RUN}", file=sys.stderr, flush=True)
+
+
+def train(args, data, net, fast, model, optimizer, state):
+    """Algorithm 1 from the epoch after state["epoch"]; each epoch ends with a row of log.csv and a checkpoint."""
+    x_train, y_train, x_test, y_test = data
+    batches = math.ceil(len(x_train) / args.batch_size)
+    done, steps, begun = 0, batches * (args.epochs - state["epoch"]), time.perf_counter()
+    for epoch in range(state["epoch"] + 1, args.epochs + 1):  # Alg. 1 l.1
+        torch.manual_seed(args.seed * 10_007 + epoch)  # of (seed, epoch) alone: a resumed run needs no random state
+        lr = learning_rate(epoch, args.lr, args.lr_milestones)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        net.train()
+        sums, epoch_begun = torch.zeros(8, device=x_train.device), time.perf_counter()
+        for batch, (x, y, start) in enumerate(mini_batches(x_train, y_train, args.batch_size), 1):  # l.2-3
+            try:
+                sums += train_step(args, epoch, fast, model, optimizer, x, y, start)  # l.4-15
+            except FloatingPointError as error:
+                raise FloatingPointError(f"epoch {epoch}, batch {batch}: {error}") from None
+            done += 1
+            if is_lead():
+                report_progress(args, x.device, done, steps, (time.perf_counter() - begun) / done)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+            for buffer in net.buffers():  # without SyncBatchNorm the statistics differ: all take those of rank 0
+                dist.broadcast(buffer, 0)
+        if not all(parameter.isfinite().all() for parameter in net.parameters()):
+            raise FloatingPointError(f"epoch {epoch}, batch {batches}: the weights are not finite")
+
+        row = log_row(epoch, lr, sums.tolist(), time.perf_counter() - epoch_begun)
+        if args.eval_every and epoch % args.eval_every == 0:
+            images, labels = x_test[: args.eval_size], y_test[: args.eval_size]
+            row["nat"], row["pgd20"] = evaluate(net, images, labels, eps=args.eps, batch_size=args.batch_size)
+        state["epoch"], state["log"] = epoch, [*state["log"], row]
+        if is_lead():
+            save_epoch(args, net, optimizer, state)
+            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+
+    nat, pgd20 = evaluate(net, x_test, y_test, eps=args.eps, batch_size=args.batch_size)
+    if is_lead():
+        print(f"NAT {100 * nat:.2f}  PGD-20 {100 * pgd20:.2f}  (%, last epoch, all {len(x_test)} test images)")
+        print(f"Evaluate it: python eval_attacks.py {Path(args.out, 'last.pt')} --data {args.data}")
+
+
+def bench(args, data, net, fast, model, optimizer):
+    """Time `--bench` training steps after the burn-in and print one JSON line; writes nothing."""
+    x_train, y_train, *_ = data
+    net.train()
+    batches = itertools.chain.from_iterable(mini_batches(x_train, y_train, args.batch_size) for _ in itertools.count())
+    with FlopCounterMode(display=False) as counter:  # warm-up in eager mode: compiled code is not counted
+        train_step(args, args.burn_in + 1, net, net, optimizer, *next(batches))
+    train_step(args, args.burn_in + 1, fast, model, optimizer, *next(batches))  # warm-up: compiles
+    seconds = []
+    for _ in range(args.bench):
+        begun = time.perf_counter()
+        train_step(args, args.burn_in + 1, fast, model, optimizer, *next(batches)).tolist()  # waits for the device
+        seconds.append(time.perf_counter() - begun)
+    step = statistics.median(seconds)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if x_train.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        import resource  # Unix only
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    figures = {
+        **{key: getattr(args, key) for key in ("method", "arch", "batch_size", "amp", "compile")},
+        "device": str(x_train.device),
+        "processes": processes,
+        "ms_per_step": round(1000 * step, 1),
+        "images_per_s": round(args.batch_size / step, 1),
+        "peak_mem_mb": round(peak),
+        "gflop_per_s": round(counter.get_total_flops() * processes / step / 1e9, 1),
+        "full_run_hours": round(step * math.ceil(len(x_train) / args.batch_size) * args.epochs / 3600, 2),
+    }
+    if is_lead():
+        print(json.dumps(figures))
+
+
+# ---- Data ----------------------------------------------------------------------------------------------------------
+
+
+def augment(x):
+    """Random crop after 4 pixels of zero padding, then random horizontal flip. (N, C, H, W) -> the same, any dtype."""
+    n, c, h, w = x.shape
+    top, left = torch.randint(9, (2, n, 1), device=x.device)
+    rows = top + torch.arange(h, device=x.device)  # (N, H)
+    columns = left + torch.arange(w, device=x.device)  # (N, W)
+    columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns.flip(1), columns)
+    example = torch.arange(n, device=x.device)[:, None, None, None]
+    channel = torch.arange(c, device=x.device)[:, None, None]
+    return F.pad(x, (4, 4, 4, 4))[example, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def to_input(x):
+    """uint8 images -> float in [0, 1], channels last, which is the faster layout for convolutions."""
+    return x.to(memory_format=torch.channels_last).float() / 255
+
+
+def toy_data(n_train=2000, n_test=500, size=16):
+    """Ten classes of small synthetic images, always the same: noise around a colour, the ten colours close together."""
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.arange(n_train + n_test) % 10)
+    angle = np.arange(10) * np.pi * (3 - 5**0.5)  # ten directions spread over a sphere
+    z = (np.arange(10) + 0.5) / 5 - 1
+    colours = np.stack([np.sqrt(1 - z**2) * np.cos(angle), np.sqrt(1 - z**2) * np.sin(angle), z], 1)  # (10, 3)
+    shade = 127.5 + 45 * colours[labels] + rng.normal(0, 7, (len(labels), 3))  # (N, 3)
+    images = shade[:, :, None, None] + rng.normal(0, 30, (len(labels), 3, size, size))
+    images, labels = torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
+    return images[:n_train], labels[:n_train], images[n_train:], labels[n_train:]
+
+
+def load_npz(path):
+    names = ["x_train", "y_train", "x_test", "y_test"]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            x_train, y_train, x_test, y_test = (file[name] for name in names)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: no .npz with the arrays {', '.join(names)} ({error})") from None
+    for x, y, part in (x_train, y_train, "train"), (x_test, y_test, "test"):
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or 0 in x.shape:
+            raise ValueError(f"{path}: x_{part} must be uint8 (N, H, W, 3), N > 0, not {x.dtype} {x.shape}")
+        if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
+            raise ValueError(f"{path}: y_{part} must be {len(x)} integers, not {y.dtype} {y.shape}")
+        if y.min() < 0 or y.max() > y_train.max():
+            raise ValueError(f"{path}: y_{part} must be in 0..{y_train.max()} as in y_train, not {y.min()}..{y.max()}")
+    if x_train.shape[1:] != x_test.shape[1:]:
+        raise ValueError(f"{path}: train and test images differ in size: {x_train.shape[1:]} and {x_test.shape[1:]}")
+    return x_train, y_train, x_test, y_test
+
+
+def load_data(spec):
+    """(x_train, y_train, x_test, y_test): uint8 images (N, 3, H, W), int64 labels (N,) in 0..K-1.
+
+    spec: `toy`, an .npz file with arrays of these names (uint8 images (N, H, W, 3), integer labels), or the folder of
+    torchvision's CIFAR-10, downloaded on first use. ValueError or OSError, in one line, on anything else.
+    """
+    if spec == "toy":
+        return toy_data()
+    if spec.endswith(".npz"):
+        arrays = load_npz(spec)
+    else:
+        from torchvision.datasets import CIFAR10  # slow to import, and only needed here
+
+        try:
+            train, test = (CIFAR10(spec, train=part, download=True) for part in (True, False))
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"no CIFAR-10 in {spec!r} and no download ({error}): use --data FILE.npz or toy") from None
+        arrays = train.data, np.array(train.targets), test.data, np.array(test.targets)
+    x_train, y_train, x_test, y_test = map(torch.from_numpy, arrays)
+    x_train, x_test = (x.permute(0, 3, 1, 2).contiguous() for x in (x_train, x_test))  # (N, H, W, 3) -> (N, 3, H, W)
+    return x_train, y_train.long(), x_test, y_test.long()
+
+
+# ---- Run folder ----------------------------------------------------------------------------------------------------
+
+
+def write(path, data):
+    """Write bytes under a temporary name, then rename: at any moment the file is whole, old or new."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(path, checkpoint):
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write(path, buffer.getbuffer())
+
+
+LOG = ["epoch", "lr", "loss", "adv_correct", "single_cl", "multi_cl"]
+LOG += ["weight_correct", "weight_single_cl", "weight_multi_cl", "ess", "seconds", "images_per_s", "nat", "pgd20"]
+
+
+def log_row(epoch, lr, sums, seconds):
+    """A row of log.csv from the epoch's sums of `train_step`: fractions of the examples, shares of the weights.
+
+    ess is the effective sample size of the weights, (sum w)^2 / sum w^2, over the number of examples.
+    """
+    loss, *groups, squares = sums
+    counts, weights = groups[:3], groups[3:]
+    n, total = sum(counts), sum(weights)
+    shares = [w / total for w in weights] if total else [0.0] * 3
+    values = [epoch, lr, loss / n, *(c / n for c in counts), *shares, total**2 / (n * squares) if squares else 0.0]
+    return dict(zip(LOG, [*values, seconds, n / seconds], strict=False))
+
+
+def settings(args):
+    """What makes a run: all arguments but where and how it is executed. Plain values."""
+    return {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "compile", "bench")}
+
+
+def save_epoch(args, net, optimizer, state):
+    """Write last.pt, burnin.pt and best.pt as the epoch calls for them, then log.csv, which last.pt also holds."""
+    out, row = Path(args.out), state["log"][-1]
+    is_best = row.get("pgd20", -1.0) > state["best"]
+    state["best"] = max(state["best"], row.get("pgd20", -1.0))
+    checkpoint = state | {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "args": settings(args)}
+    if is_best:
+        save_checkpoint(out / "best.pt", checkpoint | {"selected_by": "PGD-20 on test images"})
+    if row["epoch"] == args.burn_in:
+        save_checkpoint(out / "burnin.pt", checkpoint)
+    save_checkpoint(out / "last.pt", checkpoint)
+    save_log(out / "log.csv", state["log"])
+
+
+def save_log(path, rows):
+    file = io.StringIO()
+    table = csv.DictWriter(file, LOG, lineterminator="\n")
+    table.writeheader()
+    table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write(path, file.getvalue().encode())
+
+
+def claim(out, wanted, resume):
+    """Lock the run folder and check its settings against `wanted`. Returns the lock, held while it is referenced."""
+    holds_run = (out / "args.json").exists()
+    if holds_run and not resume:
+        raise ValueError(f"{out} already holds a run: add --resume to continue it, or choose another --out")
+    if resume and not holds_run:
+        raise ValueError(f"{out} holds no run to resume: leave out --resume to start one")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")  # noqa: SIM115 - open as long as the process
+    if fcntl:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {out}") from None
+    if resume:
+        stored = json.loads((out / "args.json").read_text())
+        changed = [f"{k} was {stored.get(k)}, not {v}" for k, v in wanted.items() if stored.get(k) != v]
+        if changed:
+            raise ValueError(f"{out} was started with other settings: {'; '.join(changed)}")
+    else:
+        write(out / "args.json", json.dumps(wanted, indent=2).encode() + b"\n")
+    return lock
+
+
+def read_training(path, arch):
+    """A checkpoint to train on from, as `save_epoch` wrote it. ValueError, in one line, if it is none."""
+    checkpoint = models.read(path)
+    if not {"model", "optimizer", "epoch", "best", "log", "args"} <= checkpoint.keys():
+        raise ValueError(f"{path} is no training checkpoint of clirat.py: use a run's burnin.pt or last.pt")
+    if checkpoint["args"]["arch"] != arch:
+        raise ValueError(f"{path} holds a {checkpoint['args']['arch']}, not a {arch}: give the same --arch")
+    return checkpoint
+
+
+# ---- Command line --------------------------------------------------------------------------------------------------
+
+
+def number(kind, low, high=math.inf, above=False):
+    """argparse type: a finite number in [low, high], or (low, high] with `above`. Fractions such as 8/255 will do."""
+
+    def parse(text):
+        try:
+            value = int(text) if kind is int else float(Fraction(text))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite {kind.__name__}") from None
+        if not low <= value <= high or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not in {'(' if above else '['}{low}, {high}]")
+        return value
+
+    return parse
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        prog="clirat.py", description="CLIRAT and its companions: instance-reweighted adversarial training."
+    )
+
+    def add(flag, text, default=None, **kwargs):
+        if default is not None:
+            text, kwargs["default"] = f"{text} (default: %(default)s)", default
+        parser.add_argument(flag, help=text, **kwargs)
+
+    add("--method", "row of the README's table of methods", "clirat", choices=METHODS)
+    add("--arch", "resnet18 or wrn-D-K, such as wrn-32-10", "resnet18", type=str)
+    add("--gamma", "slope of the weights, Eq. 6 (default: the method's)", type=number(float, 0))
+    add("--beta", "bias of the weights, Eq. 6 (default: the method's)", type=number(float, -math.inf))
+    add("--trade-off", "lambda of TRADES and MART, Eqs. 3 and 4 (default: the method's)", type=number(float, 0))
+    add("--data", "folder for CIFAR-10, downloaded on first use; or FILE.npz; or toy", "data", type=str)
+    add("--train-size", "train on the first N images (default: all)", type=number(int, 1), metavar="N")
+    add("--epochs", "length of the run; the schedule scales with it", 120, type=number(int, 1))
+    add("--burn-in", "last epoch with all weights 1 (default: epochs * 75/120)", type=number(int, 0), metavar="EPOCH")
+    add("--lr-milestones", "last epochs before lr / 10 (default: epochs * 75/120 and 90/120)",
+        type=number(int, 0), nargs="*", metavar="EPOCH")  # fmt: skip
+    add("--batch-size", "over all processes", 128, type=number(int, 1))
+    add("--lr", "learning rate (default: 0.01 for resnet18, 0.1 for wrn)", type=number(float, 0, above=True))
+    add("--weight-decay", "(default: 3.5e-3 for resnet18, 7e-4 for wrn)", type=number(float, 0))
+    add("--eps", "L-infinity radius", "8/255", type=number(float, 0, 1))
+    add("--step-size", "step of the training PGD", "2/255", type=number(float, 0))
+    add("--steps", "steps of the training PGD", 10, type=number(int, 1))
+    add("--seed", "(default: 1, or that of --init)", type=number(int, 0, 400_000))
+    add("--out", "run folder (default: runs/<method>-<arch>-s<seed>)", type=str)
+    add("--resume", "continue the run in --out, bit for bit", action="store_true")
+    add("--init", "start from another run's burnin.pt or last.pt: weights, optimiser, epoch, seed",
+        type=str, metavar="CKPT")  # fmt: skip
+    add("--exclude", "drop the examples with one or with several confused labels after the burn-in (Fig. 1B)",
+        choices=["single", "multi"])  # fmt: skip
+    add("--weight-norm", "weights of mean 1, or MAIL's factor 3", "batch", choices=["batch", "mail"])
+    add("--amp", "bfloat16 autocast of the forward passes", action="store_true")
+    add("--compile", "torch.compile the network", action="store_true")
+    add("--device", "such as cpu, cuda or cuda:1", "cuda" if torch.cuda.is_available() else "cpu", type=str)
+    add("--eval-every", "NAT and PGD-20 every N epochs; 0: only at the end", 1, type=number(int, 0), metavar="N")
+    add("--eval-size", "... on the first N test images", 1000, type=number(int, 1), metavar="N")
+    add("--bench", "time N training steps after the burn-in, print one JSON line, write nothing",
+        type=number(int, 1), metavar="N")  # fmt: skip
+    args = parser.parse_args(argv)
+
+    row = METHODS[args.method]
+    for name in ("gamma", "beta", "trade_off"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(row, name))
+        elif getattr(row, name) is None:
+            parser.error(f"--{name.replace('_', '-')} does nothing with --method {args.method}")
+    burn_in, second = scaled(args.epochs, 75, 90)
+    is_resnet = args.arch == "resnet18"
+    defaults = {"burn_in": burn_in, "lr_milestones": [burn_in, second], "lr": 0.01 if is_resnet else 0.1}
+    defaults["weight_decay"] = 3.5e-3 if is_resnet else 7e-4
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return parser, args
+
+
+def setup(args):
+    """Data, network, optimiser, state and lock of the run. ValueError or OSError before anything is overwritten."""
+    try:
+        device = torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    init = read_training(args.init, args.arch) if args.init else None
+    if args.seed is None:
+        args.seed = init["args"]["seed"] if init else 1
+    args.out = args.out or f"runs/{args.method}-{args.arch}-s{args.seed}"
+
+    if not is_lead():  # rank 0 downloads, the others find the files
+        dist.barrier()
+    x_train, y_train, x_test, y_test = load_data(args.data)
+    if is_lead() and dist.is_initialized():
+        dist.barrier()
+    num_classes = int(y_train.max()) + 1
+    if args.train_size and args.train_size > len(x_train):
+        raise ValueError(f"--train-size {args.train_size} of {len(x_train)} training images")
+    x_train, y_train = x_train[: args.train_size], y_train[: args.train_size]
+    if args.batch_size > len(x_train):
+        raise ValueError(f"--batch-size {args.batch_size} of {len(x_train)} training images")
+    data = [t.to(device) for t in (x_train, y_train, x_test, y_test)]
+
+    torch.manual_seed(args.seed)
+    net = models.build(args.arch, num_classes).to(device, memory_format=torch.channels_last)
+    if dist.is_initialized() and device.type == "cuda":
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+
+    lock = None if args.bench or not is_lead() else claim(Path(args.out), settings(args), args.resume)
+    source, checkpoint = args.init, init
+    if args.resume and Path(args.out, "last.pt").exists():
+        source = Path(args.out, "last.pt")
+        checkpoint = read_training(source, args.arch)
+    state = {"epoch": 0, "best": -1.0, "log": []}
+    if checkpoint:
+        models.load_weights(net, checkpoint["model"], source)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        state = {key: checkpoint[key] for key in state}
+    return data, net, optimizer, state, lock
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    if "RANK" in os.environ:  # under torchrun
+        on_cuda = args.device == "cuda"
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+        if on_cuda:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    torch.backends.cudnn.benchmark = True
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    try:
+        data, net, optimizer, state, _lock = setup(args)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    fast = torch.compile(net) if args.compile else net  # the same parameters and mode
+    model = DistributedDataParallel(fast, broadcast_buffers=False) if dist.is_initialized() else fast
+    try:
+        if args.bench:
+            bench(args, data, net, fast, model, optimizer)
+        else:
+            train(args, data, net, fast, model, optimizer, state)
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nstopped after epoch {state['epoch']}: the same command with --resume goes on from there\n")
+    except FloatingPointError as error:
+        parser.exit(1, f"{parser.prog}: stopped at {error}; the last checkpoint is that of epoch {state['epoch']}\n")
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: cannot write to {args.out}: {error}; the checkpoints there are whole\n")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
