@@ -461,7 +461,7 @@ def toy_data(n_train=2000, n_test=500, size=16):
     angle = np.arange(10) * np.pi * (3 - 5**0.5)  # ten directions spread over a sphere
     z = (np.arange(10) + 0.5) / 5 - 1
     colours = np.stack([np.sqrt(1 - z**2) * np.cos(angle), np.sqrt(1 - z**2) * np.sin(angle), z], 1)  # (10, 3)
-    shade = 127.5 + 45 * colours[labels] + rng.normal(0, 7, (len(labels), 3))  # (N, 3)
+    shade = 127.5 + 34 * colours[labels] + rng.normal(0, 8, (len(labels), 3))  # (N, 3)
     images = shade[:, :, None, None] + rng.normal(0, 30, (len(labels), 3, size, size))
     images, labels = torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
     return images[:n_train], labels[:n_train], images[n_train:], labels[n_train:]
@@ -691,12 +691,27 @@ def parse_args(argv):
     return parser, args
 
 
+def join_processes(device):
+    """Join the process group if torchrun started this process. Returns the device to use, one GPU a process."""
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+    return device
+
+
+def open_device(name):
+    """torch.device of a name. ValueError if this machine does not have it."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
 def setup(args):
     """Data, network, optimiser, state and lock of the run. ValueError or OSError before anything is overwritten."""
-    try:
-        device = torch.empty(0, device=args.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    device = open_device(args.device)
     init = read_training(args.init, args.arch) if args.init else None
     if args.seed is None:
         args.seed = init["args"]["seed"] if init else 1
@@ -736,12 +751,7 @@ def setup(args):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    if "RANK" in os.environ:  # under torchrun
-        on_cuda = args.device == "cuda"
-        dist.init_process_group("nccl" if on_cuda else "gloo")
-        if on_cuda:
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
+    args.device = join_processes(args.device)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.backends.cudnn.benchmark = True
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C

@@ -1,0 +1,674 @@
+"""Robust accuracy under the paper's attacks: NAT, PGD-20, PGD-100, CW, APGD-CE and AutoAttack, all bundled.
+
+    python eval_attacks.py runs/clirat-resnet18-s1/last.pt --attacks nat pgd20 pgd100 cw apgd aa
+
+AutoAttack is the standard version for L-infinity (Croce & Hein 2020): APGD-CE, targeted APGD, targeted FAB and Square,
+each on what is still robust. Every attack works on any module that maps images (N, C, H, W) in [0, 1] to logits (N, K)
+and returns images in the ball around x. Noise belongs to an image's number (`index`), so that neither batch size nor
+order nor the other images change a verdict.
+"""
+
+import argparse
+import copy
+import hashlib
+import io
+import json
+import math
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import models
+from clirat import frozen, is_lead, join_processes, load_data, number, open_device, pgd, to_input, write
+
+# ---- Common --------------------------------------------------------------------------------------------------------
+
+
+def noise(shape, index, *seed):
+    """Uniform [0, 1) noise, (N, *shape), each point's drawn from its number in index (N,) and the seed."""
+    generator, draws = torch.Generator(), []
+    for i in index.tolist():
+        generator.manual_seed(int(np.random.SeedSequence([i, *seed]).generate_state(1)[0]))
+        draws.append(torch.rand(shape, generator=generator))
+    return torch.stack(draws)
+
+
+def numbered(x, index):
+    return torch.arange(len(x)) if index is None else index
+
+
+def predict(model, x, amp=False):
+    """Logits (N, K) in the dtype of x; with amp, computed in bfloat16."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        return model(x).to(x.dtype)
+
+
+def is_wrong(logits, y):
+    """(N,) bool: misclassified, or not a number."""
+    return (logits.argmax(1) != y) | logits.isnan().any(1)
+
+
+def is_fooled(model, logits, x, y, amp):
+    """`is_wrong`, where bfloat16 logits are not believed: each success is confirmed by a forward in the dtype of x."""
+    wrong = is_wrong(logits, y)
+    if amp and wrong.any():
+        with torch.no_grad():
+            wrong[wrong.clone()] = is_wrong(predict(model, x[wrong]), y[wrong])
+    return wrong
+
+
+def widen(t):
+    """(N,) -> (N, 1, 1, 1), to broadcast over images."""
+    return t[:, None, None, None]
+
+
+def margin(logits, y):
+    """z_y - max_{j != y} z_j, (N,)."""
+    z_y = logits.gather(1, y[:, None])
+    return (z_y - logits.scatter(1, y[:, None], -torch.inf)).amin(1)
+
+
+def targets_of(model, x, y):
+    """The classes other than y by clean logit, largest first, at most nine: (T, N)."""
+    with torch.no_grad():
+        logits = predict(model, x).scatter(1, y[:, None], -torch.inf)
+    return logits.argsort(1, descending=True)[:, : min(9, logits.shape[1] - 1)].T
+
+
+def select(state, mask):
+    """The points of a batch's state (tensors with the same first dimension) where mask is true."""
+    return SimpleNamespace(**{name: t[mask] for name, t in vars(state).items()})
+
+
+def attack_pairs(attack, x, ranks, batch_size):
+    """Run `attack(point, rank, record)` on all pairs of a point, as an index into x, and a rank of its target class.
+
+    Batches are full, the likeliest targets come first, and a point leaves at its first success, which the attack
+    reports by `record(point, wrong, images)`; that returns which pairs go on. Returns the images recorded, else x.
+    """
+    x_adv, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    def record(point, wrong, images):
+        x_adv[point[wrong]], fooled[point[wrong]] = images[wrong], True
+        return ~fooled[point]  # a point's other targets stop with it
+
+    points = torch.arange(len(x), device=x.device)
+    point, rank = points.repeat(ranks), torch.arange(ranks, device=x.device).repeat_interleave(len(x))
+    while len(point):
+        attack(point[:batch_size], rank[:batch_size], record)
+        point, rank = point[batch_size:], rank[batch_size:]
+        point, rank = point[~fooled[point]], rank[~fooled[point]]
+    return x_adv
+
+
+# ---- APGD ----------------------------------------------------------------------------------------------------------
+
+
+def dlr_loss(logits, y):
+    """Difference of logits ratio, -(z_y - max_{j != y} z_j) / (z_(1) - z_(3)), (N,). ValueError if K < 3."""
+    if logits.shape[1] < 3:
+        raise ValueError("the DLR loss needs at least 3 classes")
+    z = logits.sort(1, descending=True).values
+    return -margin(logits, y) / (z[:, 0] - z[:, 2] + 1e-12)
+
+
+def dlr_targeted_loss(logits, y, target):
+    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), (N,). ValueError if K < 4."""
+    if logits.shape[1] < 4:
+        raise ValueError("the targeted DLR loss needs at least 4 classes")
+    z = logits.sort(1, descending=True).values
+    gap = (logits.gather(1, y[:, None]) - logits.gather(1, target[:, None])).squeeze(1)
+    return -gap / (z[:, 0] - (z[:, 2] + z[:, 3]) / 2 + 1e-12)
+
+
+def apgd_checks(steps):
+    """{iteration: window} where APGD reviews its step size: after 22% of the steps, then 3% less each, at least 6%."""
+    checks, window, iteration = {}, max(int(0.22 * steps), 1), -1
+    while (iteration := iteration + window) < steps:
+        checks[iteration] = window
+        window = max(window - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
+    return checks
+
+
+def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_size=128, amp=False):
+    """Auto-PGD (Croce & Hein 2020), one restart.
+
+    x: (N, C, H, W) in [0, 1]. y: (N,). loss: "ce", "dlr" or "targeted", the DLR loss towards each of the nine likeliest
+    other classes. index: (N,) numbers of the images, for their noise. batch_size: of the forward passes. amp: bfloat16.
+    Returns (N, C, H, W): a point's first misclassified iterate, x where there is none. ValueError on another loss or
+    too few classes for DLR.
+    """
+    if loss not in ("ce", "dlr", "targeted"):
+        raise ValueError(f"unknown loss {loss!r}: use ce, dlr or targeted")
+    index, checks = numbered(x, index), apgd_checks(steps)
+
+    def evaluate(x, y, target, differentiate=True):
+        x = x.detach().requires_grad_()
+        logits = predict(model, x, amp)
+        if loss == "ce":
+            value = F.cross_entropy(logits, y, reduction="none")
+        else:
+            value = dlr_loss(logits, y) if loss == "dlr" else dlr_targeted_loss(logits, y, target)
+        grad = torch.autograd.grad(value.sum(), x)[0] if differentiate else torch.zeros_like(x)
+        return value.detach(), grad, is_fooled(model, logits.detach(), x.detach(), y, amp)
+
+    def attack(point, rank, record):
+        draws = [
+            noise(x.shape[1:], index[p : p + 1], seed, r) for p, r in zip(point.tolist(), rank.tolist(), strict=True)
+        ]
+        t = 2 * torch.cat(draws).to(x) - 1
+        s = SimpleNamespace(point=point, y=y[point], target=targets[rank, point])
+        s.lower, s.upper = (x[point] - eps).clamp(min=0), (x[point] + eps).clamp(max=1)
+        s.x = (x[point] + eps * t / (t.abs().amax((1, 2, 3), keepdim=True) + 1e-12)).clamp(0, 1)
+        s.value, s.grad, wrong = evaluate(s.x, s.y, s.target)
+        s.before, s.best, s.best_grad, s.best_value, s.checked_value = s.x, s.x, s.grad, s.value, s.value
+        s.last, s.rises = (
+            torch.zeros_like(s.value),
+            torch.zeros_like(s.value),
+        )  # the start's value is no part of the history
+        s.step, s.halved = torch.full_like(s.value, 2 * eps), torch.ones_like(wrong)
+        s = select(s, record(s.point, wrong, s.x))
+        for i in range(steps):
+            if not len(s.point):
+                return
+            ahead = (s.x + widen(s.step) * s.grad.sign()).clamp(s.lower, s.upper)
+            a = 0.75 if i else 1.0
+            moved = s.x + a * (ahead - s.x) + (1 - a) * (s.x - s.before)
+            s.x, s.before = moved.clamp(s.lower, s.upper), s.x
+            s.value, s.grad, wrong = evaluate(s.x, s.y, s.target, differentiate=i < steps - 1)
+            if wrong.any():
+                s = select(s, record(s.point, wrong, s.x))
+            better = s.value > s.best_value
+            s.best = torch.where(widen(better), s.x, s.best)
+            s.best_grad = torch.where(widen(better), s.grad, s.best_grad)
+            s.best_value = torch.where(better, s.value, s.best_value)
+            s.rises, s.last = s.rises + (s.value > s.last), s.value
+            if i in checks:
+                stuck = (s.rises <= 0.75 * checks[i]) | (~s.halved & (s.checked_value >= s.best_value))
+                s.step = torch.where(stuck, s.step / 2, s.step)
+                s.x = torch.where(widen(stuck), s.best, s.x)  # but not s.before: the next momentum is best - before
+                s.grad = torch.where(widen(stuck), s.best_grad, s.grad)
+                s.halved, s.checked_value, s.rises = stuck, s.best_value, torch.zeros_like(s.rises)
+
+    with frozen(model), torch.enable_grad():
+        targets = targets_of(model, x, y)
+        return attack_pairs(attack, x, len(targets) if loss == "targeted" else 1, batch_size)
+
+
+# ---- FAB -----------------------------------------------------------------------------------------------------------
+
+
+def project(t, w, b):
+    """The smallest L-infinity move d, (N, D), from t (N, D) in [0, 1] onto the hyperplane <w, t + d> = b inside [0, 1].
+
+    w: (N, D), b: (N,). Where the box does not reach the plane, d ends in the corner nearest to it; where w = 0, d is 0.
+    Each d_i is -sign(w_i) min(lambda, room_i); Newton's iteration from lambda = 0 rises to the solution in a few steps.
+    """
+    c = (w * t).sum(1) - b
+    w, c = w * torch.where(c < 0, -1, 1)[:, None], c.abs()[:, None]
+    room, slope = torch.where(w > 0, t, 1 - t), w.abs()
+    level = torch.zeros_like(c)  # (N, 1): lambda
+    while True:
+        free = room > level
+        denominator = (slope * free).sum(1, keepdim=True)
+        raised = (c - (slope * room * ~free).sum(1, keepdim=True)) / denominator
+        raised = torch.where(denominator > 0, raised, torch.inf)
+        if not (raised > level).any():
+            return -w.sign() * torch.minimum(level, room)
+        level = torch.maximum(level, raised)
+
+
+def fab_t(model, x, y, *, eps, steps=100, seed=0, index=None, batch_size=128, amp=False):
+    """Targeted FAB (Croce & Hein 2020b) towards each of the nine likeliest other classes; no randomness, no restarts.
+
+    x: (N, C, H, W) in [0, 1]. y: (N,). seed and index are ignored. batch_size: of the forward passes. amp: bfloat16.
+    Returns (N, C, H, W): a misclassified image inside the ball for each point, x where none was found.
+    """
+
+    def linearise(x, y, target):
+        """f = z_t - z_y and its gradient at x, and whether x is misclassified."""
+        x = x.detach().requires_grad_()
+        logits = predict(model, x, amp)
+        f = (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+        (w,) = torch.autograd.grad(f.sum(), x)
+        return f.detach(), w, is_fooled(model, logits.detach(), x.detach(), y, amp)
+
+    def attack(point, rank, record):
+        s = SimpleNamespace(point=point, y=y[point], target=targets[rank, point], clean=x[point], x=x[point])
+        s.f, s.w, _ = linearise(s.x, s.y, s.target)
+        for _ in range(steps):
+            now, clean, w = s.x.flatten(1), s.clean.flatten(1), s.w.flatten(1)  # (n, D)
+            b = (w * now).sum(1) - s.f
+            d1, d2 = project(torch.cat([now, clean]), torch.cat([w, w]), torch.cat([b, b])).chunk(2)
+            a1, a2 = (d.abs().amax(1, keepdim=True).clamp(min=1e-8) for d in (d1, d2))
+            alpha = (a1 / (a1 + a2)).clamp(max=0.1)
+            moved = (now + 1.05 * d1) * (1 - alpha) + (clean + 1.05 * d2) * alpha
+            s.x = moved.clamp(0, 1).view_as(s.x)
+            s.f, s.w, s.wrong = linearise(s.x, s.y, s.target)
+            if s.wrong.any():
+                near = (s.x - s.clean).abs().amax((1, 2, 3)) <= eps
+                s = select(s, record(s.point, s.wrong & near, s.x))
+                if not len(s.point):
+                    return
+                back = s.wrong  # beyond the ball: go on from nearer to the clean image
+                s.x[back] = s.clean[back] + 0.9 * (s.x[back] - s.clean[back])
+                s.f[back], s.w[back], _ = linearise(s.x[back], s.y[back], s.target[back])
+
+    with frozen(model), torch.enable_grad():
+        targets = targets_of(model, x, y)
+        return attack_pairs(attack, x, len(targets), batch_size)
+
+
+# ---- Square --------------------------------------------------------------------------------------------------------
+
+
+def square_side(query, height, width):
+    """Side of Square's window at a query (0-based): 80% of the image's area, halved after queries 10, 50, 200, ..."""
+    p = 0.8 / 2 ** sum(query > after for after in (10, 50, 200, 500, 1000, 2000, 4000))
+    return max(round(math.sqrt(p * height * width)), 1)
+
+
+def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=128, amp=False):
+    """Square attack (Andriushchenko et al. 2020), one restart: random search on the margin z_y - max_{j != y} z_j.
+
+    x: (N, C, H, W) in [0, 1]. y: (N,). amp is ignored: gains are smaller than the spacing of bfloat16 logits.
+    Returns (N, C, H, W): a misclassified image for each point, x where none was found.
+    """
+    index, (channels, height, width) = numbered(x, index), x.shape[1:]
+    generator = torch.Generator().manual_seed(seed)
+    rand = torch.rand(queries, 2, generator=generator, dtype=torch.float64).tolist()
+    signs = torch.rand(queries, channels, 1, 1, generator=generator).sub(0.5).sign().to(x)
+
+    def attack(point, rank, record):
+        s = SimpleNamespace(point=point, y=y[point])
+        s.lower, s.upper = (x[point] - eps).clamp(min=0), (x[point] + eps).clamp(max=1)
+        stripes = noise((channels, 1, width), index[point.cpu()], seed).sub(0.5).sign().to(x)
+        s.x = (x[point] + eps * stripes).clamp(0, 1)
+        s.margin = margin(predict(model, s.x), s.y)
+        for q in range(queries):
+            if (s.margin <= 0).any():
+                s = select(s, record(s.point, s.margin <= 0, s.x))
+            if not len(s.point):
+                return
+            side = square_side(q, height, width)
+            top, left = (int((size - side) * r) for size, r in zip((height, width), rand[q], strict=True))
+            window = (..., slice(top, top + side), slice(left, left + side))
+            kept = s.x[window].clone()
+            s.x[window] = (kept + 2 * eps * signs[q]).clamp(s.lower[window], s.upper[window])
+            tried = margin(predict(model, s.x), s.y)
+            accepted = (tried < s.margin) | (tried <= 0)
+            s.x[window] = torch.where(widen(accepted), s.x[window], kept)
+            s.margin = torch.where(accepted, tried, s.margin)
+        record(s.point, s.margin <= 0, s.x)
+
+    with frozen(model), torch.no_grad():
+        return attack_pairs(attack, x, 1, batch_size)
+
+
+# ---- The attacks by name -------------------------------------------------------------------------------------------
+
+
+def uniform_pgd(model, x, y, *, eps, steps, loss="ce", seed=0, index=None, batch_size=128, amp=False, start=None):
+    """PGD as in MAIL's evaluation: step 0.003, uniform start in the ball, or from `start`, an earlier call's result.
+
+    Returns the last iterate, (N, C, H, W).
+    """
+    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=amp)
+    if start is None:
+        start = x + eps * (2 * noise(x.shape[1:], numbered(x, index), seed).to(x) - 1)
+    parts = zip(*(t.split(batch_size) for t in (x, y, start)), strict=True)
+    options = {"eps": eps, "step_size": 0.003, "steps": steps, "loss": loss, "autocast": autocast}
+    return torch.cat([pgd(model, x_, y_, init=start_, **options) for x_, y_, start_ in parts])
+
+
+def nat(model, x, y, **_):
+    """No attack: x itself."""
+    return x
+
+
+def fgsm(model, x, y, *, eps, **_):
+    """Fast gradient sign method (Eq. 1), one step of eps from x."""
+    return pgd(model, x, y, eps=eps, step_size=eps, steps=1, init="none")
+
+
+STAGES = {"apgd": apgd, "apgd-t": partial(apgd, loss="targeted"), "fab-t": fab_t, "square": square}  # of AutoAttack
+
+
+def autoattack(model, x, y, *, eps, seed=0, index=None, batch_size=128, amp=False):
+    """Standard AutoAttack for L-infinity (Croce & Hein 2020): four attacks in turn on what is still robust.
+
+    x: (N, C, H, W) in [0, 1]. y: (N,). index: (N,) numbers of the images, for their noise. With fewer than four classes
+    targeted APGD, whose loss needs four, is left out. Returns (N, C, H, W): a misclassified image for each point, x
+    where none was found or where x itself is misclassified.
+    """
+    index, x_adv = numbered(x, index), x.clone()
+    with frozen(model), torch.no_grad():
+        logits = torch.cat([predict(model, part) for part in x.split(batch_size)])
+    robust = (~is_wrong(logits, y)).nonzero().squeeze(1)  # (R,) of x
+    for name in applicable(STAGES, logits.shape[1]):
+        if len(robust):
+            options = {"eps": eps, "seed": seed, "index": index[robust.cpu()], "batch_size": batch_size, "amp": amp}
+            found = STAGES[name](model, x[robust], y[robust], **options)
+            wrong = verdict(model, x[robust], y[robust], found, eps)
+            x_adv[robust[wrong]] = found[wrong]
+            robust = robust[~wrong]
+    return x_adv
+
+
+ATTACKS = {
+    "nat": nat,
+    "fgsm": fgsm,
+    "pgd20": partial(uniform_pgd, steps=20),
+    "pgd100": partial(uniform_pgd, steps=100),
+    "cw": partial(uniform_pgd, steps=20, loss="cw"),  # PGD on CW's margin, as in MAIL's evaluation
+    "apgd": apgd,
+    "aa": autoattack,
+}
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------------------------
+
+
+def applicable(names, num_classes):
+    """names without the attacks that need more classes."""
+    return [name for name in names if name != "apgd-t" or num_classes > 3]
+
+
+def verdict(model, x, y, x_adv, eps):
+    """Which of x_adv (N, C, H, W) the model misclassifies, (N,), by a fresh forward. RuntimeError on bad images."""
+    if not (x_adv.isfinite().all() and x_adv.min() >= 0 and x_adv.max() <= 1 and (x_adv - x).abs().max() <= eps + 1e-6):
+        raise RuntimeError(
+            "an adversarial image is not finite, not in [0, 1] or not in the ball: a bug, please report it"
+        )
+    with frozen(model), torch.no_grad():
+        return is_wrong(model(x_adv), y)
+
+
+def chain(name):
+    """The verdicts that an attack's column needs: AutoAttack and APGD-CE, its first stage, count on from NAT."""
+    stages = ["nat", *STAGES]
+    return stages if name == "aa" else stages[: stages.index(name) + 1] if name in STAGES else [name]
+
+
+def survivors(verdicts, names, n):
+    """Which of the first n images no attack in names fools, (n,)."""
+    return torch.stack([verdicts[name][:n] == 0 for name in names if name in verdicts]).all(0)
+
+
+def evaluate(model, x, y, attacks, *, n=None, eps, seed=0, batch_size=128, amp=False, verdicts=None, save=None):
+    """Verdicts of `attacks`, names from ATTACKS, on the first n of uint8 images x (N, C, H, W) with labels y (N,).
+
+    Returns {name: (N,) int8}: 1 misclassified, 0 not, -1 not asked. For AutoAttack these are its stages, each asked
+    only of images that are still robust. verdicts: such a dict of an earlier call with the same settings, filled up in
+    place. save(): called after every batch. Under torchrun the images are shared out among the processes.
+    """
+    n = len(x) if n is None else n
+    verdicts = {} if verdicts is None else verdicts
+    fast = copy.deepcopy(model).to(memory_format=torch.channels_last)  # is attacked; the verdict is the model's own
+    options = {"eps": eps, "seed": seed, "batch_size": batch_size, "amp": amp}
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+    def judge(name, index, x_adv):
+        wrong = verdict(model, x[index].float() / 255, y[index], x_adv.contiguous(), eps)
+        verdicts[name][index] = wrong.to("cpu", torch.int8)
+
+    with frozen(model), torch.no_grad():
+        num_classes = model(x[:1].float() / 255).shape[1]
+    wanted = {"nat", *attacks} | (set(STAGES) if "aa" in attacks else set())
+    plan = [name for name in ("nat", "fgsm", "pgd100", "pgd20", "cw", *STAGES) if name in wanted]
+    for name in applicable(plan, num_classes):
+        for column in {name, "pgd20" if name == "pgd100" else name}:
+            verdicts.setdefault(column, torch.full((len(x),), -1, dtype=torch.int8))
+        todo = verdicts[name][:n] < 0
+        if name in STAGES:
+            todo &= survivors(verdicts, chain(name)[:-1], n)
+        todo, begun, done = todo.nonzero().squeeze(1)[rank::world], time.perf_counter(), 0
+        for index in todo.split(batch_size) if len(todo) else ():
+            images, labels = to_input(x[index]), y[index]
+            if name == "pgd100":  # its first 20 steps are PGD-20
+                first = ATTACKS["pgd20"](fast, images, labels, index=index, **options)
+                judge("pgd20", index, first)
+                x_adv = uniform_pgd(fast, images, labels, steps=80, start=first, **options)
+            else:
+                x_adv = (ATTACKS | STAGES)[name](fast, images, labels, index=index, **options)
+            judge(name, index, x_adv)
+            done += len(index)
+            if save and world == 1:
+                save()
+            if sys.stderr.isatty() and rank == 0:
+                known = verdicts[name][:n]
+                left = (time.perf_counter() - begun) / done * (len(todo) - done)
+                robust = f"{(known == 0).sum()} of {(known >= 0).sum()} robust"
+                print(f"\r{name}: {len(todo) - done} images left, {robust}, {left:.0f} s ", end="", file=sys.stderr)
+        if world > 1:
+            for column in ("pgd20", name) if name == "pgd100" else (name,):
+                merged = verdicts[column].to(x.device)
+                dist.all_reduce(merged, dist.ReduceOp.MAX)
+                verdicts[column] = merged.cpu()
+            if save and rank == 0:
+                save()
+    return verdicts
+
+
+def doubts(model, x, y, verdicts):
+    """Sentences on what makes figures doubtful, after `evaluate` on uint8 images x (N, C, H, W) with labels y (N,)."""
+    n, found = len(x), []
+    x, y = x[:128].float() / 255, y[:128]
+    with frozen(model):
+        inputs = x.clone().requires_grad_()
+        logits = model(inputs)
+        (grad,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), inputs)
+        again = model(x)
+    if (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-4:
+        found.append("the model seems to return probabilities: the attacks want logits")
+    if not torch.allclose(logits, again, rtol=1e-4, atol=1e-5):
+        found.append("the model is random: two forwards of one batch differ, and these attacks do not average")
+    if (share := (grad.flatten(1) == 0).all(1).float().mean().item()) > 0.01:
+        found.append(f"the gradient is zero at {share:.0%} of the images: white-box attacks are blind there")
+    accuracy = {name: survivors(verdicts, chain(name), n).float().mean().item() for name in verdicts}
+    if "square" in verdicts:
+        if "pgd20" in verdicts and (gap := accuracy["pgd20"] - accuracy["square"]) > 0.03:
+            found.append(
+                f"AutoAttack is {100 * gap:.1f} points under PGD-20: gradients are masked, PGD is no guide here"
+            )
+        if (gap := accuracy["fab-t"] - accuracy["square"]) > 0.002:
+            found.append(f"Square takes {100 * gap:.1f} points more than the white-box attacks: gradients are masked")
+    return found
+
+
+# ---- Output --------------------------------------------------------------------------------------------------------
+
+TITLES = {"nat": "NAT", "fgsm": "FGSM", "pgd20": "PGD20", "pgd100": "PGD100", "cw": "CW", "apgd": "APGD", "aa": "AA"}
+PAPER_COLUMNS = ["nat", "pgd20", "pgd100", "cw", "apgd", "aa"]
+PAPER = {  # Tables 1 and 2: accuracy (%) on all 10,000 test images of CIFAR-10, mean ± std
+    "resnet18": """
+        at          85.64 ± 0.25, 52.08 ± 0.25, 49.33 ± 0.19, 51.94 ± 0.20, 48.53 ± 0.19, 46.87 ± 0.62
+        trades      84.37 ± 0.13, 54.36 ± 0.20, 52.68 ± 0.28, 51.96 ± 0.61, 52.07 ± 0.59, 48.73 ± 0.49
+        mart        82.24 ± 0.29, 55.40 ± 0.30, 53.36 ± 0.50, 51.35 ± 0.44, 53.07 ± 1.01, 47.50 ± 0.46
+        mail-at     83.74 ± 0.43, 58.56 ± 0.25, 57.63 ± 0.20, 50.72 ± 0.22, 55.70 ± 0.43, 46.47 ± 0.46
+        mail-trades 82.35 ± 0.20, 55.05 ± 0.11, 53.71 ± 0.11, 52.08 ± 0.15, 53.27 ± 0.52, 49.43 ± 0.65
+        mail-mart   83.45 ± 0.26, 55.10 ± 0.29, 53.08 ± 0.34, 51.06 ± 0.13, 52.43 ± 1.47, 46.47 ± 0.90
+        clirat      83.60 ± 0.26, 60.31 ± 0.16, 59.33 ± 0.17, 50.66 ± 0.20, 58.83 ± 1.02, 45.50 ± 0.90
+        clir-trades 82.08 ± 0.17, 55.08 ± 0.27, 53.87 ± 0.34, 52.10 ± 0.17, 53.77 ± 0.66, 49.17 ± 0.50
+        clir-mart   83.45 ± 0.11, 55.30 ± 0.53, 53.45 ± 0.37, 51.15 ± 0.26, 52.13 ± 1.10, 46.50 ± 0.70""",
+    "wrn-32-10": """
+        at          87.86 ± 0.01, 52.07 ± 0.07, 49.10 ± 0.10, 52.76 ± 0.20, 48.35 ± 0.75, 47.75 ± 0.65
+        trades      87.06 ± 0.31, 55.25 ± 0.04, 52.63 ± 0.06, 54.97 ± 0.03, 52.75 ± 0.55, 51.25 ± 0.05
+        mart        85.67 ± 0.15, 56.47 ± 0.12, 53.43 ± 0.14, 51.92 ± 0.16, 54.10 ± 0.60, 50.55 ± 0.65
+        mail-at     86.22 ± 0.12, 61.38 ± 0.17, 60.47 ± 0.11, 54.14 ± 0.05, 60.40 ± 0.01, 50.20 ± 0.50
+        mail-trades 85.91 ± 0.10, 56.39 ± 0.14, 54.61 ± 0.35, 55.01 ± 0.10, 52.95 ± 0.65, 51.00 ± 0.50
+        mail-mart   85.91 ± 0.10, 56.39 ± 0.14, 53.88 ± 0.01, 53.39 ± 0.11, 53.65 ± 0.55, 49.45 ± 1.05
+        clirat      86.36 ± 0.14, 63.67 ± 0.11, 62.00 ± 0.01, 54.03 ± 0.12, 62.45 ± 0.55, 50.04 ± 0.10
+        clir-trades 85.47 ± 0.10, 56.39 ± 0.09, 54.53 ± 0.11, 54.86 ± 0.15, 53.50 ± 0.70, 51.35 ± 0.15
+        clir-mart   85.97 ± 0.32, 56.02 ± 0.06, 53.24 ± 0.32, 53.25 ± 0.08, 52.90 ± 0.01, 48.30 ± 0.80""",
+}
+PAPER["wrn-34-10"] = PAPER["wrn-32-10"]  # the same network, counted differently
+
+
+def wilson(k, n, z=1.96):
+    """95% interval of a proportion k / n (Wilson 1927), as (low, high) in [0, 1]."""
+    centre, spread = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
+    return (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
+
+
+def print_row(label, n, eps, cells):
+    print(f"| {label} | {n} | {255 * eps:.4g}/255 | {' | '.join(cells)} |", flush=True)
+
+
+def paper_row(metadata, attacks):
+    """The paper's cells for a method and architecture, or None."""
+    for line in PAPER.get(metadata.get("arch"), "").strip().splitlines():
+        method, cells = line.split(maxsplit=1)
+        if method == metadata.get("method"):
+            values = dict(zip(PAPER_COLUMNS, cells.split(", "), strict=True))
+            return [values.get(name, "") for name in attacks]
+    return None
+
+
+# ---- Command line --------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        prog="eval_attacks.py", description="Robust accuracy of checkpoints, a row each of the paper's Tables 1 and 2."
+    )
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CKPT", help="of clirat.py or of the TRADES/MART/MAIL family")
+    add("--attacks", nargs="+", choices=ATTACKS, default=PAPER_COLUMNS, help="columns (default: the paper's six)")
+    add("--arch", type=str, help="for a checkpoint that does not name its own: resnet18 or wrn-D-K")
+    add(
+        "--data",
+        type=str,
+        default="data",
+        help="as of clirat.py: CIFAR-10 folder, FILE.npz or toy (default: %(default)s)",
+    )
+    add("--n", type=number(int, 1), help="on the first N test images (default: all)")
+    add("--batch-size", type=number(int, 1), default=128, help="changes no verdict (default: %(default)s)")
+    add("--eps", type=number(float, 0, 1), default="8/255", help="L-infinity radius (default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of the attacks' noise (default: %(default)s)")
+    add("--amp", action="store_true", help="attack in bfloat16; successes are confirmed in float32")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=str, default=default_device, help="such as cpu or cuda:1 (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    return parser, parser.parse_args(argv)
+
+
+def digest(*tensors):
+    sha = hashlib.sha256()
+    for t in tensors:
+        sha.update(t.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def open_verdicts(path, settings, total):
+    """Verdicts kept beside a checkpoint for exactly these settings, and save() to keep them: (dict, function).
+
+    The file holds those for other settings too, each under its own key; nothing is mixed or lost.
+    """
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    arrays = {}
+    if path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except Exception as error:  # a damaged file can raise nearly anything
+            raise ValueError(f"{path} is damaged ({error}): delete it to evaluate afresh") from None
+    arrays[f"{key}/settings"] = np.array(json.dumps(settings))
+    kept = {name.removeprefix(f"{key}/"): array for name, array in arrays.items() if name.startswith(f"{key}/")}
+    del kept["settings"]
+    if any(array.shape != (total,) or array.dtype != np.int8 for array in kept.values()):
+        raise ValueError(f"{path} is damaged: delete it to evaluate afresh")
+    verdicts = {name: torch.from_numpy(array) for name, array in kept.items()}
+
+    def save():
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays | {f"{key}/{name}": t.numpy() for name, t in verdicts.items()})
+        write(path, buffer.getbuffer())
+
+    return verdicts, save
+
+
+def summarise(verdicts, attacks, n):
+    """{name: {robust, accuracy (%), interval (%)}} for attacks and the stages of AutoAttack that were run."""
+    figures = {}
+    for name in [*attacks, *(stage for stage in STAGES if "aa" in attacks and stage in verdicts)]:
+        k = survivors(verdicts, chain(name), n).sum().item()
+        figures[name] = {"robust": k, "accuracy": 100 * k / n, "interval": [100 * end for end in wilson(k, n)]}
+    return figures
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    args.device = join_processes(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # verdicts are float32
+    try:
+        device = open_device(args.device)
+        networks = [models.load(path, args.arch) for path in args.checkpoints]
+        x, y = (t.to(device) for t in load_data(args.data)[2:])
+        n = args.n or len(x)
+        if n > len(x):
+            raise ValueError(f"--n {n} of {len(x)} test images")
+        common = {"data": digest(x, y), "eps": args.eps, "seed": args.seed, "amp": args.amp}
+        kept = []
+        for path, (model, _) in zip(args.checkpoints, networks, strict=True):
+            head = list(model.children())[-1]
+            if y.max() >= head.out_features:
+                raise ValueError(f"{path} knows {head.out_features} classes, {args.data} has labels up to {y.max()}")
+            settings = common | {"weights": digest(*model.state_dict().values())}
+            kept.append(open_verdicts(Path(f"{path}.eval.npz"), settings, len(x)))
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+    results, seeds = [], {}
+    if is_lead():
+        print(f"| checkpoint | n | eps | {' | '.join(TITLES[name] for name in args.attacks)} |")
+        print(f"|---{'|---' * (2 + len(args.attacks))}|", flush=True)
+    try:
+        for path, (model, metadata), (verdicts, save) in zip(args.checkpoints, networks, kept, strict=True):
+            options = {"eps": args.eps, "seed": args.seed, "batch_size": args.batch_size, "amp": args.amp}
+            model.to(device)
+            evaluate(model, x, y, args.attacks, n=n, verdicts=verdicts, save=save, **options)
+            if not is_lead():
+                continue
+            figures = summarise(verdicts, args.attacks, n)
+            cells = [
+                "{:.2f} [{:.1f}, {:.1f}]".format(figures[name]["accuracy"], *figures[name]["interval"])
+                for name in args.attacks
+            ]
+            print_row(path, n, args.eps, cells)
+            if reference := paper_row(metadata, args.attacks):
+                print_row(f"the paper's {metadata['method']}, {metadata['arch']}", 10000, 8 / 255, reference)
+            warnings = doubts(model, x[:n], y[:n], verdicts)
+            for warning in warnings:
+                print(f"warning: {path}: {warning}", file=sys.stderr)
+            about = {
+                key: metadata.get(key)
+                for key in ("method", "arch", "epochs", "gamma", "beta", "trade_off", "weight_norm", "exclude")
+            }
+            seeds.setdefault(json.dumps(about), []).append(figures)
+            about |= {"checkpoint": path, "train_seed": metadata.get("seed"), "n": n} | common
+            results.append(about | {"attacks": figures, "warnings": warnings})
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped: the same command goes on from the last batch\n")
+    if not is_lead():
+        return
+    for about, group in seeds.items():
+        about = json.loads(about)
+        if len(group) > 1 and about["method"]:
+            columns = [[figures[name]["accuracy"] for figures in group] for name in args.attacks]
+            cells = [f"{statistics.mean(column):.2f} ± {statistics.stdev(column):.2f}" for column in columns]
+            print_row(f"{about['method']}, {about['arch']}, mean ± std of {len(group)}", n, args.eps, cells)
+    if args.json:
+        write(args.json, json.dumps(results, indent=2).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""python -m pytest -q    margins first, on vectors small enough to check by hand; then everything built on them."""
+
+import argparse
+import inspect
+import json
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import clirat
+import eval_attacks
+import models
+from clirat import at_loss, cl_pm, instance_weights, mart_loss, pgd, pm, trades_loss
+
+CIFAR = Path(__file__).parent / "../shared/data/cifar10_subset.npz"
+
+
+# ---- Margins -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("probs", "label", "expected_pm", "expected_cl_pm"),
+    [
+        ([0.3, 0.5, 0.2], 0, -0.2, -0.2),  # Fig. 2 A: one confused label
+        ([0.3, 0.5, 0.4], 0, -0.2, -0.3),  # Fig. 2 B: a second one at -0.1
+        ([0.7, 0.2, 0.1], 0, 0.5, 0.5),  # correct: the other classes do not add up
+        ([0.1, 0.2, 0.3, 0.4], 0, -0.3, -0.6),
+        ([0.4, 0.4, 0.2], 0, 0.0, 0.0),  # a tie is no confusion
+        ([0.2, 0.2, 0.6], 0, -0.4, -0.4),  # nor is a tie with a class that is not the largest
+        ([1.0, 0.0], 0, 1.0, 1.0),
+        ([1.0, 0.0], 1, -1.0, -1.0),
+    ],
+)
+def test_margins_by_hand(probs, label, expected_pm, expected_cl_pm):
+    probs, label = torch.tensor([probs]), torch.tensor([label])
+    torch.testing.assert_close(pm(probs, label), torch.tensor([expected_pm]))
+    torch.testing.assert_close(cl_pm(probs, label), torch.tensor([expected_cl_pm]))
+
+
+@pytest.mark.parametrize("k", [2, 3, 10, 100])
+def test_margins_against_loops(k):
+    probs, labels = random_logits(200, k).softmax(1), torch.arange(200) % k
+    for row, y, m, c in zip(probs.tolist(), labels.tolist(), pm(probs, labels), cl_pm(probs, labels), strict=True):
+        gaps = [row[y] - p for j, p in enumerate(row) if j != y]
+        confused = [gap for gap in gaps if gap < 0]
+        assert m.item() == pytest.approx(min(gaps), abs=1e-12)
+        assert c.item() == pytest.approx(sum(confused) if confused else min(gaps), abs=1e-12)
+        assert -1 <= c <= m <= 1
+    classes = torch.randperm(k)  # renaming the classes changes nothing
+    renamed = cl_pm(probs[:, classes], classes.argsort()[labels])
+    torch.testing.assert_close(renamed, cl_pm(probs, labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_margins_keep_dtype(dtype):
+    probs, labels = random_logits(64, 10).softmax(1), torch.arange(64) % 10
+    margins = cl_pm(probs.to(dtype), labels)
+    assert margins.dtype == dtype
+    torch.testing.assert_close(margins.double(), cl_pm(probs, labels), atol=8 * torch.finfo(dtype).eps, rtol=0)
+
+
+@pytest.mark.parametrize(("probs", "labels"), [((4,), (4,)), ((4, 1), (4,)), ((4, 3), (3,)), ((4, 3), (4, 1))])
+@pytest.mark.parametrize("margin", [pm, cl_pm])
+def test_margins_refuse_wrong_shapes(margin, probs, labels):
+    with pytest.raises(ValueError, match="probs"):
+        margin(torch.rand(probs), torch.zeros(labels, dtype=torch.int64))
+
+
+def test_cl_pm_stands_alone():
+    copied = {"torch": torch}
+    exec(inspect.getsource(cl_pm), copied)
+    probs, labels = torch.tensor([[0.3, 0.5, 0.4]]), torch.tensor([0])
+    assert copied["cl_pm"](probs, labels) == cl_pm(probs, labels)
+
+
+# ---- Weights and losses --------------------------------------------------------------------------------------------
+
+
+def random_logits(n, k, scale=2.0):
+    return scale * torch.randn(n, k, dtype=torch.float64, generator=torch.Generator().manual_seed(n + k))
+
+
+def test_weights():
+    margins = torch.linspace(-1, 1, 9, dtype=torch.float64, requires_grad=True)
+    weights = instance_weights(margins, 10.0, -0.5)
+    raw = [1 / (1 + math.exp(-10 * (-0.5 - m))) for m in margins.tolist()]  # Eq. 6
+    torch.testing.assert_close(weights, torch.tensor([9 * w / sum(raw) for w in raw], dtype=torch.float64))  # l.14
+    torch.testing.assert_close(instance_weights(margins, 10.0, -0.5, "mail"), 3 * torch.tensor(raw).double())
+    assert (weights.diff() < 0).all()
+    assert not weights.requires_grad
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0, 1e4, 1e30, 1e300])
+@pytest.mark.parametrize("beta", [-0.5, 0.0, 1e6, -1e6])
+@pytest.mark.parametrize("margins", [[-0.9, 0.0, 0.7], [0.3, 0.3, 0.3], [-0.5], [1.0, -1.0]])
+def test_weights_are_finite(gamma, beta, margins):
+    weights = instance_weights(torch.tensor(margins), gamma, beta)
+    assert weights.isfinite().all()
+    assert weights.mean().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_gairat_is_eq_6():
+    kappa, steps = torch.arange(11).double(), 10
+    raw = (1 + torch.tanh(-1 + 5 * (1 - 2 * kappa / steps))) / 2
+    row = clirat.METHODS["gairat"]
+    torch.testing.assert_close(instance_weights(kappa / steps, row.gamma, row.beta), raw * len(raw) / raw.sum())
+
+
+def test_losses_against_loops():
+    nat, adv, labels = random_logits(6, 5), random_logits(6, 5) + random_logits(5, 6).T.mean(), torch.arange(6) % 5
+    adv, weights = adv.flip(1), torch.arange(1.0, 7.0).double()
+    at, trades, mart = 0.0, 0.0, 0.0
+    for z, z_adv, y, w in zip(nat.numpy(), adv.numpy(), labels.tolist(), weights.tolist(), strict=True):
+        p, q = (np.exp(v) / np.exp(v).sum() for v in (z, z_adv))
+        kl = sum(p * np.log(p / q))
+        bce = -np.log(q[y]) - np.log(1.0001 - np.delete(q, y).max())
+        at += w * -np.log(q[y]) / 6
+        trades += (-np.log(p[y]) + 5 * w * kl) / 6
+        mart += (w * bce + 6 * kl * (1 - p[y])) / 6
+    assert at_loss(adv, labels, weights).item() == pytest.approx(at)
+    assert trades_loss(nat, adv, labels, 5, weights).item() == pytest.approx(trades)
+    assert mart_loss(nat, adv, labels, 6, weights).item() == pytest.approx(mart)
+    ones = torch.ones(6).double()
+    for loss in (
+        partial(at_loss, adv),
+        partial(trades_loss, nat, adv, trade_off=5),
+        partial(mart_loss, nat, adv, trade_off=6),
+    ):
+        assert loss(labels=labels).item() == pytest.approx(loss(labels=labels, weights=ones).item())
+
+
+def test_loss_gradients_by_finite_differences():
+    nat, adv = random_logits(4, 3).requires_grad_(), random_logits(4, 3).flip(1).requires_grad_()
+    labels, weights = torch.tensor([0, 1, 2, 0]), torch.tensor([0.5, 2.0, 1.0, 0.5]).double()
+    assert torch.autograd.gradcheck(lambda a: at_loss(a, labels, weights), adv)
+    assert torch.autograd.gradcheck(lambda n, a: trades_loss(n, a, labels, 5, weights), (nat, adv))
+    assert torch.autograd.gradcheck(lambda n, a: mart_loss(n, a, labels, 6, weights), (nat, adv))
+
+
+def test_losses_survive_a_saturated_softmax():
+    nat = torch.tensor([[500.0, 0.0, -500.0], [0.0, 500.0, 0.0]], requires_grad=True)
+    adv, labels = (-nat).detach().requires_grad_(), torch.tensor([0, 0])
+    for loss in (at_loss(adv, labels), trades_loss(nat, adv, labels, 5), mart_loss(nat, adv, labels, 6)):
+        assert loss.isfinite()
+        grads = torch.autograd.grad(loss, [nat, adv], allow_unused=True)
+        assert all(grad is None or grad.isfinite().all() for grad in grads)
+
+
+# ---- PGD -----------------------------------------------------------------------------------------------------------
+
+
+def small_network(k=10, channels=3):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, k)]
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl", "cw"])
+@pytest.mark.parametrize("init", ["normal", "uniform", "none"])
+@pytest.mark.parametrize("training", [True, False])
+def test_pgd_invariants(loss, init, training):
+    net = small_network().train(training)
+    net[1].eval()  # a mode of its own, as in fine-tuning
+    x, y = torch.rand(16, 3, 8, 8).round(decimals=1), torch.arange(16) % 10  # with images at exactly 0 and 1
+    net(x).sum().backward()
+    before = {
+        **{k: v.clone() for k, v in net.state_dict().items()},
+        **{k: p.grad.clone() for k, p in net.named_parameters()},
+    }
+    x_adv = pgd(net, x, y, eps=0.1, step_size=0.02, steps=10, loss=loss, init=init)
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-6
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    assert not x_adv.requires_grad
+    assert [m.training for m in net] == [training, False, training, training, training]
+    assert all(p.requires_grad for p in net.parameters())
+    after = {**net.state_dict(), **{k: p.grad for k, p in net.named_parameters()}}
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    net.eval()
+    if init != "none" or loss != "kl":  # KL has no gradient at x itself
+        corner = (x + 0.1 * torch.randn_like(x).sign()).clamp(0, 1)
+        objective = {
+            "ce": lambda z: F.cross_entropy(z, y),
+            "kl": lambda z: clirat.kl(net(x), z).mean(),
+            "cw": lambda z: -eval_attacks.margin(z, y).mean(),
+        }[loss]
+        assert objective(net(x_adv)) > objective(net(corner))
+
+
+def linear_network(weight):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(weight.shape[1], len(weight), bias=False))
+    net[1].weight.data = weight
+    return net
+
+
+def test_pgd_by_hand():
+    net = linear_network(torch.tensor([[1.0, -2.0, 0.0], [0.0, 0.0, 0.0]]))  # margin x_1 - 2 x_2
+    x, y = torch.tensor([[[[0.5, 0.2, 0.5]]], [[[0.5, 0.2, 0.5]]]]), torch.tensor([0, 1])
+    x_adv, kappa = pgd(net, x, y, eps=0.1, step_size=0.04, steps=3, init="none", return_kappa=True)
+    torch.testing.assert_close(x_adv.view(2, 3), torch.tensor([[0.4, 0.3, 0.5], [0.6, 0.1, 0.5]]))
+    # margins of the first along the way: 0.1, then 0.1 - 3 * 0.04 = -0.02, then wrong for good
+    assert kappa.tolist() == [1, 0]
+    for tau, steps_made in ((0, 1), (1, 2), (5, 2.5)):  # FAT: it stops after tau + 1 misclassified iterates
+        friendly = pgd(net, x[:1], y[:1], eps=0.1, step_size=0.04, steps=3, init="none", tau=tau).view(3)
+        torch.testing.assert_close(friendly[0], torch.tensor(0.5 - 0.04 * steps_made))
+
+
+# ---- Training ------------------------------------------------------------------------------------------------------
+
+
+def test_schedule():
+    _, args = clirat.parse_args([])
+    assert (args.burn_in, args.lr_milestones, args.gamma, args.beta) == (75, [75, 90], 10, -0.5)
+    rates = [clirat.learning_rate(epoch, args.lr, args.lr_milestones) for epoch in (1, 75, 76, 90, 91, 120)]
+    assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
+    _, args = clirat.parse_args(["--epochs", "16", "--arch", "wrn-10-1"])
+    assert (args.burn_in, args.lr_milestones, args.lr, args.weight_decay) == (10, [10, 12], 0.1, 7e-4)
+
+
+@pytest.mark.parametrize("method", clirat.METHODS)
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_train_step(method, epoch):
+    _, args = clirat.parse_args(f"--method {method} --epochs 2 --burn-in 1 --steps 2".split())
+    net = small_network().train()
+    before = [p.clone() for p in net.parameters()]
+    x, y = torch.rand(8, 3, 8, 8), torch.arange(8)
+    sums = clirat.train_step(args, epoch, net, net, torch.optim.SGD(net.parameters(), 0.1), x, y, x)
+    assert sums[1:4].sum() == 8
+    assert sums[4:7].sum().item() == pytest.approx(8, rel=1e-5)
+    assert all(p.grad.abs().sum() > 0 for i, p in enumerate(net.parameters()) if i != 1)  # 1: a bias before BatchNorm
+    assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True) if p.ndim > 1)
+
+
+def test_exclude():
+    probs = torch.tensor([[0.5, 0.3, 0.2], [0.3, 0.4, 0.3], [0.2, 0.3, 0.5], [0.2, 0.5, 0.3]])  # 0, 1, 2, 2 CLs
+    y, num_cl = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 1, 2, 2])
+    for exclude, dropped in (("single", [1]), ("multi", [2, 3])):
+        _, args = clirat.parse_args(["--exclude", exclude])
+        weights = clirat.batch_weights(args, probs, y, None, num_cl)
+        kept = [i for i in range(4) if i not in dropped]
+        assert weights[dropped].tolist() == [0] * len(dropped)
+        expected = instance_weights(cl_pm(probs, y)[kept], 10, -0.5) * 4 / len(kept)
+        torch.testing.assert_close(weights[kept], expected)
+        everyone = torch.full_like(num_cl, dropped[0])
+        assert clirat.batch_weights(args, probs, y, None, everyone).tolist() == [0] * 4
+
+
+def test_augment_crops_and_flips():
+    x = torch.arange(1, 3 * 6 * 6 + 1).view(1, 3, 6, 6).repeat(64, 1, 1, 1)
+    padded = F.pad(x[0], (4, 4, 4, 4))
+    crops = [padded[:, i : i + 6, j : j + 6] for i in range(9) for j in range(9)]
+    crops = {tuple(c.flatten().tolist()) for crop in crops for c in (crop, crop.flip(2))}
+    torch.manual_seed(0)
+    seen = {tuple(image.flatten().tolist()) for image in clirat.augment(x)}
+    assert seen <= crops
+    assert len(seen) > 30
+
+
+def run(data, *words):
+    options = f"--data {data} --arch wrn-10-1 --batch-size 20 --steps 2 --eval-size 20 --epochs 3 --burn-in 1"
+    clirat.main([*options.split(), *map(str, words)])
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("seconds", "images_per_s"))
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A file of 50 training and 30 test images, 8 x 8, of five classes."""
+    path, rng = tmp_path_factory.mktemp("data") / "small.npz", np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (80, 8, 8, 3), dtype=np.uint8), np.arange(80) % 5
+    np.savez(path, x_train=images[:50], y_train=labels[:50], x_test=images[50:], y_test=labels[50:])
+    return path
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    run(data, "--out", out)
+    return out
+
+
+def test_run_resume_and_init(data, straight, tmp_path, monkeypatch):
+    assert {p.name for p in straight.iterdir()} == {".lock", "args.json", "best.pt", "burnin.pt", "last.pt", "log.csv"}
+    log = np.genfromtxt(straight / "log.csv", delimiter=",", names=True)
+    assert log.dtype.names == tuple(clirat.LOG)
+    np.testing.assert_allclose(log["adv_correct"] + log["single_cl"] + log["multi_cl"], 1, atol=1e-5)
+    assert log["ess"][0] == 1  # weights from the epoch after the burn-in on
+    assert (log["ess"][1:] < 1).all()
+    net, metadata = models.load(straight / "last.pt")
+    assert not net.training
+    assert (metadata["arch"], metadata["method"], metadata["epoch"]) == ("wrn-10-1", "clirat", 3)
+
+    save = clirat.save_log  # a resumed run equals one that was never stopped
+    monkeypatch.setattr(clirat, "save_log", lambda path, rows: save(path, rows) if len(rows) < 2 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(data, "--out", tmp_path / "resumed")
+    monkeypatch.undo()
+    run(data, "--out", tmp_path / "resumed", "--resume")
+    run(data, "--out", tmp_path / "burn", "--method", "at")  # and so does one that starts from another method's burn-in
+    run(data, "--out", tmp_path / "init", "--init", tmp_path / "burn" / "burnin.pt")
+    for name in ("resumed", "init"):
+        ours, theirs = (torch.load(out / "last.pt", weights_only=True) for out in (straight, tmp_path / name))
+        assert all(same(ours[k], theirs[k]) for k in ("model", "optimizer", "log", "epoch"))
+
+
+def test_nonfinite_loss_stops(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(clirat, "at_loss", lambda logits, *_: logits.sum() * torch.nan)
+    with pytest.raises(SystemExit) as stop:
+        run(data, "--out", tmp_path / "run")
+    assert stop.value.code == 1
+    assert "epoch 1, batch 1: the loss is nan" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "last.pt").exists()
