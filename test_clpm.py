@@ -1,10 +1,7 @@
 """python -m pytest -q    margins first, on vectors small enough to check by hand; then everything built on them."""
 
-import argparse
 import inspect
-import json
 import math
-import os
 from functools import partial
 from pathlib import Path
 
@@ -128,12 +125,9 @@ def test_losses_against_loops():
     assert trades_loss(nat, adv, labels, 5, weights).item() == pytest.approx(trades)
     assert mart_loss(nat, adv, labels, 6, weights).item() == pytest.approx(mart)
     ones = torch.ones(6).double()
-    for loss in (
-        partial(at_loss, adv),
-        partial(trades_loss, nat, adv, trade_off=5),
-        partial(mart_loss, nat, adv, trade_off=6),
-    ):
-        assert loss(labels=labels).item() == pytest.approx(loss(labels=labels, weights=ones).item())
+    unweighted = [at_loss, partial(trades_loss, nat, trade_off=5), partial(mart_loss, nat, trade_off=6)]
+    for loss in (partial(loss, logits_adv=adv, labels=labels) for loss in unweighted):
+        assert loss().item() == pytest.approx(loss(weights=ones).item())
 
 
 def test_loss_gradients_by_finite_differences():
@@ -170,10 +164,8 @@ def test_pgd_invariants(loss, init, training):
     net[1].eval()  # a mode of its own, as in fine-tuning
     x, y = torch.rand(16, 3, 8, 8).round(decimals=1), torch.arange(16) % 10  # with images at exactly 0 and 1
     net(x).sum().backward()
-    before = {
-        **{k: v.clone() for k, v in net.state_dict().items()},
-        **{k: p.grad.clone() for k, p in net.named_parameters()},
-    }
+    tensors = [*net.state_dict().values(), *(p.grad for p in net.parameters())]
+    before = [t.clone() for t in tensors]
     x_adv = pgd(net, x, y, eps=0.1, step_size=0.02, steps=10, loss=loss, init=init)
     assert (x_adv - x).abs().max() <= 0.1 + 1e-6
     assert x_adv.min() >= 0
@@ -181,8 +173,7 @@ def test_pgd_invariants(loss, init, training):
     assert not x_adv.requires_grad
     assert [m.training for m in net] == [training, False, training, training, training]
     assert all(p.requires_grad for p in net.parameters())
-    after = {**net.state_dict(), **{k: p.grad for k, p in net.named_parameters()}}
-    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert all(map(torch.equal, before, tensors))
     net.eval()
     if init != "none" or loss != "kl":  # KL has no gradient at x itself
         corner = (x + 0.1 * torch.randn_like(x).sign()).clamp(0, 1)
@@ -323,3 +314,104 @@ def test_nonfinite_loss_stops(data, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 1
     assert "epoch 1, batch 1: the loss is nan" in capsys.readouterr().err
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+# ---- AutoAttack ----------------------------------------------------------------------------------------------------
+
+
+def test_schedules_by_hand():
+    assert list(eval_attacks.apgd_checks(100)) == [21, 40, 56, 69, 79, 86, 92, 98]
+    sides = [eval_attacks.square_side(q, 32, 32) for q in (0, 10, 11, 51, 201, 501, 1001, 2001, 4001)]
+    assert sides == [29, 29, 20, 14, 10, 7, 5, 4, 3]
+
+
+def test_dlr_by_hand():
+    z, y, t = torch.tensor([[4.0, 1.0, 3.0, 0.0]]), torch.tensor([0]), torch.tensor([3])
+    assert eval_attacks.dlr_loss(z, y).item() == pytest.approx(-1 / 3)  # -(4 - 3) / (4 - 1)
+    assert eval_attacks.dlr_loss(z, t).item() == pytest.approx(4 / 3)  # -(0 - 4) / (4 - 1)
+    assert eval_attacks.dlr_targeted_loss(z, y, t).item() == pytest.approx(-4 / 3.5)  # -(4 - 0) / (4 - (1 + 0) / 2)
+    assert eval_attacks.dlr_targeted_loss(5 * z + 7, y, t).item() == pytest.approx(-4 / 3.5)  # shift, scale invariant
+    with pytest.raises(ValueError, match="4 classes"):
+        eval_attacks.dlr_targeted_loss(z[:, :3], y, y)
+
+
+def test_projection_against_a_search():
+    rng = torch.Generator().manual_seed(0)
+    t, w = (torch.rand(200, 12, generator=rng, dtype=torch.float64) for _ in range(2))
+    t, w = (1.4 * t - 0.2).clamp(0, 1), 2 * w - 1  # some pixels at 0 and 1
+    w[:20, :6], w[0] = 0, 0
+    b = (w * t).sum(1) + 6 * torch.rand(200, generator=rng, dtype=torch.float64) - 3  # many out of reach
+    for t_, w_, b_, d in zip(t, w, b, eval_attacks.project(t, w, b), strict=True):
+        sign = 1 if w_ @ t_ >= b_ else -1
+        low, high = 0.0, 1.0
+        for _ in range(60):  # the smallest level whose step towards the plane, cut at the box, reaches it
+            level = (low + high) / 2
+            reached = (t_ - level * sign * w_.sign()).clamp(0, 1)
+            low, high = (level, high) if sign * (w_ @ reached - b_) > 0 else (low, level)
+        expected = (t_ - high * sign * w_.sign()).clamp(0, 1) - t_
+        torch.testing.assert_close(d, expected, atol=1e-12, rtol=0)
+
+
+def test_linear_network_has_a_known_radius():
+    torch.manual_seed(0)
+    net, x = linear_network(torch.randn(10, 27).double()), 0.5 + 0.05 * torch.randn(60, 3, 3, 3).double()  # in mid-box
+    z, weight = net(x), net[1].weight
+    y = z.argmax(1)
+    gaps = z.gather(1, y[:, None]) - z  # (N, K)
+    norms = (weight[y][:, None] - weight).abs().sum(2)  # (N, K)
+    radius = (gaps / norms).scatter(1, y[:, None], torch.inf).amin(1)  # (N,)
+    eps = radius.median().item()
+    fooled = net(eval_attacks.apgd(net, x, y, eps=eps * 1.0001, loss="targeted")).argmax(1) != y
+    assert torch.equal(fooled, radius < eps * 1.0001)
+    fooled = net(eval_attacks.fab_t(net, x, y, eps=eps * 1.0001)).argmax(1) != y
+    assert torch.equal(fooled, 1.0052 * radius <= eps * 1.0001)  # FAB settles a little beyond the boundary
+
+
+ATTACKS = {**eval_attacks.ATTACKS, **eval_attacks.STAGES, "square": partial(eval_attacks.square, queries=200)}
+ATTACKS["dlr"] = partial(eval_attacks.apgd, loss="dlr")
+
+
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "aa"])
+@pytest.mark.parametrize(("n", "eps"), [(12, 0.03), (1, 0.03), (12, 0.0), (3, 1.0)])
+def test_attack_invariants(name, n, eps):
+    net = small_network().train()
+    x, y = torch.rand(n, 3, 8, 8).round(decimals=1), torch.arange(n) % 10
+    net(x).sum().backward()
+    tensors = [*net.state_dict().values(), *(p.grad for p in net.parameters())]
+    before = [t.clone() for t in tensors]
+    x_adv = ATTACKS[name](net, x, y, eps=eps, batch_size=5)
+    assert (x_adv - x).abs().max() <= eps + 1e-6
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    assert all(map(torch.equal, before, tensors))
+    assert net.training
+    net.eval()
+    wrong = net(x_adv).argmax(1) != y
+    if name in (*eval_attacks.STAGES, "dlr"):
+        assert torch.equal(x_adv[~wrong], x[~wrong])
+    alone = ATTACKS[name](net, x[-1:], y[-1:], eps=eps, index=torch.tensor([n - 1]))  # as in the batch
+    assert (net(alone).argmax(1) != y[-1:]) == wrong[-1:]
+
+
+def test_evaluate_keeps_and_reuses_verdicts():
+    x, y = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8), torch.arange(20) % 3
+    net = small_network(k=3)
+    asked = eval_attacks.evaluate(net, x, y, ["pgd20", "pgd100", "apgd"], eps=0.01)
+    assert asked.keys() == {"nat", "pgd20", "pgd100", "apgd"}
+    alone = eval_attacks.evaluate(net, x, y, ["pgd20"], eps=0.01, batch_size=7)
+    assert torch.equal(alone["pgd20"], asked["pgd20"])
+    first = eval_attacks.evaluate(net, x, y, ["apgd"], n=8, eps=0.01, batch_size=3)
+    assert (first["apgd"][8:] == -1).all()
+    more = eval_attacks.evaluate(net, x, y, ["apgd"], eps=0.01, verdicts=first)
+    assert torch.equal(more["apgd"], asked["apgd"])
+    known = {"nat": torch.ones(20, dtype=torch.int8)}  # all known to be wrong: nothing is left to attack
+    assert (eval_attacks.evaluate(net, x, y, ["aa"], eps=0.01, verdicts=known)["square"] == -1).all()
+    assert "apgd-t" not in known  # three classes are too few for its loss
+
+
+@pytest.mark.skipif(not CIFAR.exists(), reason="needs the CIFAR-10 subset")
+def test_real_images():
+    x_train, y_train, x_test, y_test = clirat.load_data(str(CIFAR))
+    assert (x_train.shape, x_test.shape, x_train.dtype) == ((10000, 3, 32, 32), (2000, 3, 32, 32), torch.uint8)
+    assert y_train.bincount().tolist() == [1000] * 10
+    assert y_test.bincount().tolist() == [200] * 10

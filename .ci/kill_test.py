@@ -1,0 +1,101 @@
+"""Kill a run twenty times, resume it each time, and hold the result against a run that was never stopped.
+
+    python .ci/kill_test.py [DATA]
+
+Ten kills come at arbitrary moments, ten while a file is being written. Then SIGINT, SIGTERM and a full disk.
+"""
+
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = sys.argv[1] if len(sys.argv) > 1 else "toy"
+OPTIONS = "--arch wrn-10-1 --train-size 256 --batch-size 64 --epochs 12 --steps 2 --eval-size 64"
+
+
+def start(out, *options):
+    command = [sys.executable, str(ROOT / "clirat.py"), "--data", DATA, *OPTIONS.split(), "--out", str(out), *options]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def resume(out):
+    return start(out, *(["--resume"] if (out / "args.json").exists() else []))
+
+
+def finish(process, status=0):
+    err = process.communicate(timeout=600)[1]
+    assert process.returncode == status, (process.returncode, err)
+    return err
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("seconds", "images_per_s"))
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def rows(path):
+    lines = [line.split(",") for line in (path / "log.csv").read_text().splitlines()]
+    timings = [i for i, name in enumerate(lines[0]) if name in ("seconds", "images_per_s")]
+    return [[cell for i, cell in enumerate(line) if i not in timings] for line in lines]
+
+
+def epochs(path):
+    return len(rows(path)) - 1 if (path / "log.csv").exists() else 0
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None and not condition():
+        time.sleep(0.0005)
+
+
+def main():
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        straight, killed = Path(folder, "straight"), Path(folder, "killed")
+        begun = time.monotonic()
+        finish(start(straight))
+        seconds = time.monotonic() - begun
+
+        for kill in range(20):
+            process = resume(killed)
+            if kill % 2:
+                time.sleep(rng.uniform(0, seconds))
+            else:
+                if rng.random() < 0.7:  # let an epoch end first, so that the run gets on
+                    logged = epochs(killed)
+                    wait_for(lambda logged=logged: epochs(killed) > logged, process)
+                wait_for(lambda: any(killed.glob("*.tmp")), process)
+            process.kill()
+            process.communicate()
+            print(f"kill {kill + 1}: {epochs(killed)} epochs logged", flush=True)
+        finish(resume(killed))
+        for name in ("last.pt", "best.pt", "burnin.pt"):
+            a, b = (torch.load(out / name, weights_only=True) for out in (straight, killed))
+            assert same(a, b), name
+        assert rows(straight) == rows(killed)
+        print("20 kills: last.pt, best.pt, burnin.pt and log.csv equal those of the run that was never stopped")
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            out = Path(folder, number.name)
+            process = start(out)
+            wait_for((out / "log.csv").exists, process)
+            process.send_signal(number)
+            err = finish(process, 130)
+            assert "--resume" in err, err
+            assert "Traceback" not in err, err
+        print("SIGINT, SIGTERM: one line that says how to go on")
+
+
+if __name__ == "__main__":
+    main()
