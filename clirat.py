@@ -19,8 +19,6 @@ import signal
 import statistics
 import sys
 import time
-import zipfile
-import zlib
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -336,9 +334,11 @@ def mini_batches(x, y, batch_size):
     Everything random is drawn for the global batch from a state that all processes share, so that their number does not
     change the training data.
     """
+    world = dist.get_world_size() if dist.is_initialized() else 1
     for batch in torch.randperm(len(x), device=x.device).split(batch_size):
-        if dist.is_initialized():  # equal parts: the last batch loses up to world size - 1 examples
-            batch = batch[: len(batch) // dist.get_world_size() * dist.get_world_size()]
+        batch = batch[: len(batch) // world * world]  # equal parts: the last batch can lose a few
+        if not len(batch):
+            return
         images = augment(x[batch])
         noise = torch.randn(images.shape, device=x.device)
         images = to_input(shard(images))
@@ -388,10 +388,9 @@ def train(args, data, net, fast, model, optimizer, state):
         if args.eval_every and epoch % args.eval_every == 0:
             images, labels = x_test[: args.eval_size], y_test[: args.eval_size]
             row["nat"], row["pgd20"] = evaluate(net, images, labels, eps=args.eps, batch_size=args.batch_size)
-        state["epoch"], state["log"] = epoch, [*state["log"], row]
         if is_lead():
-            save_epoch(args, net, optimizer, state)
-            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+            save_epoch(args, net, optimizer, state, row)
+            print(describe(row, args.epochs), flush=True)
 
     nat, pgd20 = evaluate(net, x_test, y_test, eps=args.eps, batch_size=args.batch_size)
     if is_lead():
@@ -474,7 +473,7 @@ def load_npz(path):
             x_train, y_train, x_test, y_test = (file[name] for name in names)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"{path}: no .npz with the arrays {', '.join(names)} ({error})") from None
     for x, y, part in (x_train, y_train, "train"), (x_test, y_test, "test"):
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or 0 in x.shape:
@@ -483,6 +482,8 @@ def load_npz(path):
             raise ValueError(f"{path}: y_{part} must be {len(x)} integers, not {y.dtype} {y.shape}")
         if y.min() < 0 or y.max() > y_train.max():
             raise ValueError(f"{path}: y_{part} must be in 0..{y_train.max()} as in y_train, not {y.min()}..{y.max()}")
+        if not 1 <= y_train.max() < len(y_train):
+            raise ValueError(f"{path}: y_train must be classes 0..K-1, K > 1, not up to {y_train.max()}")
     if x_train.shape[1:] != x_test.shape[1:]:
         raise ValueError(f"{path}: train and test images differ in size: {x_train.shape[1:]} and {x_test.shape[1:]}")
     return x_train, y_train, x_test, y_test
@@ -499,16 +500,16 @@ def load_data(spec):
     if spec.endswith(".npz"):
         arrays = load_npz(spec)
     else:
-        from torchvision.datasets import CIFAR10  # slow to import, and only needed here
-
         try:
+            from torchvision.datasets import CIFAR10  # slow to import, and only needed here
+
             train, test = (CIFAR10(spec, train=part, download=True) for part in (True, False))
-        except (OSError, RuntimeError) as error:
+        except (ImportError, OSError, RuntimeError) as error:
             raise OSError(f"no CIFAR-10 in {spec!r} and no download ({error}): use --data FILE.npz or toy") from None
         arrays = train.data, np.array(train.targets), test.data, np.array(test.targets)
-    x_train, y_train, x_test, y_test = map(torch.from_numpy, arrays)
-    x_train, x_test = (x.permute(0, 3, 1, 2).contiguous() for x in (x_train, x_test))  # (N, H, W, 3) -> (N, 3, H, W)
-    return x_train, y_train.long(), x_test, y_test.long()
+    x_train, x_test = (torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for x in arrays[::2])
+    y_train, y_test = (torch.from_numpy(y.astype(np.int64)) for y in arrays[1::2])
+    return x_train, y_train, x_test, y_test
 
 
 # ---- Run folder ----------------------------------------------------------------------------------------------------
@@ -557,17 +558,24 @@ def settings(args):
     return {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "compile", "bench")}
 
 
-def save_epoch(args, net, optimizer, state):
-    """Write last.pt, burnin.pt and best.pt as the epoch calls for them, then log.csv, which last.pt also holds."""
-    out, row = Path(args.out), state["log"][-1]
-    is_best = row.get("pgd20", -1.0) > state["best"]
-    state["best"] = max(state["best"], row.get("pgd20", -1.0))
-    checkpoint = state | {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "args": settings(args)}
-    if is_best:
+def describe(row, epochs):
+    """A row of log.csv as one line for people."""
+    line = "epoch {epoch}/{} lr {lr:g} loss {loss:.3f} correct {adv_correct:.1%} one CL {single_cl:.1%}"
+    line += " several {multi_cl:.1%} ess {ess:.2f} {seconds:.1f} s"
+    return (line + (" NAT {nat:.1%} PGD-20 {pgd20:.1%}" if "nat" in row else "")).format(epochs, **row)
+
+
+def save_epoch(args, net, optimizer, state, row):
+    """Add an epoch to the run: best.pt or burnin.pt where it is one, last.pt, and log.csv, which last.pt holds too."""
+    out, score = Path(args.out), row.get("pgd20", -1.0)
+    now = {"epoch": row["epoch"], "best": max(score, state["best"]), "log": [*state["log"], row]}
+    checkpoint = now | {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "args": settings(args)}
+    if score > state["best"]:
         save_checkpoint(out / "best.pt", checkpoint | {"selected_by": "PGD-20 on test images"})
     if row["epoch"] == args.burn_in:
         save_checkpoint(out / "burnin.pt", checkpoint)
     save_checkpoint(out / "last.pt", checkpoint)
+    state.update(now)
     save_log(out / "log.csv", state["log"])
 
 
@@ -603,14 +611,25 @@ def claim(out, wanted, resume):
     return lock
 
 
-def read_training(path, arch):
-    """A checkpoint to train on from, as `save_epoch` wrote it. ValueError, in one line, if it is none."""
+def restore(path, args, net, optimizer):
+    """Load a training checkpoint, as `save_epoch` wrote it, into net and optimizer. Returns its other entries.
+
+    FileNotFoundError or ValueError, in one line, if it is none or does not fit.
+    """
     checkpoint = models.read(path)
-    if not {"model", "optimizer", "epoch", "best", "log", "args"} <= checkpoint.keys():
-        raise ValueError(f"{path} is no training checkpoint of clirat.py: use a run's burnin.pt or last.pt")
-    if checkpoint["args"]["arch"] != arch:
-        raise ValueError(f"{path} holds a {checkpoint['args']['arch']}, not a {arch}: give the same --arch")
-    return checkpoint
+    try:
+        arch, epoch = checkpoint["args"]["arch"], checkpoint["epoch"]
+        if arch != args.arch:
+            raise ValueError(f"{path} holds a {arch}, not a {args.arch}: give the same --arch")
+        if epoch > args.epochs:
+            raise ValueError(f"{path} is from epoch {epoch}, later than --epochs {args.epochs}")
+        models.load_weights(net, checkpoint["model"], path)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in optimizer.param_groups:
+            group["weight_decay"] = args.weight_decay
+        return {key: checkpoint[key] for key in ("epoch", "best", "log", "args")}
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{path} is no training checkpoint of clirat.py: use a run's burnin.pt or last.pt") from None
 
 
 # ---- Command line --------------------------------------------------------------------------------------------------
@@ -706,16 +725,13 @@ def open_device(name):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {name}: {str(error).partition(chr(10))[0]}") from None
 
 
 def setup(args):
     """Data, network, optimiser, state and lock of the run. ValueError or OSError before anything is overwritten."""
     device = open_device(args.device)
-    init = read_training(args.init, args.arch) if args.init else None
-    if args.seed is None:
-        args.seed = init["args"]["seed"] if init else 1
-    args.out = args.out or f"runs/{args.method}-{args.arch}-s{args.seed}"
+    world = dist.get_world_size() if dist.is_initialized() else 1
 
     if not is_lead():  # rank 0 downloads, the others find the files
         dist.barrier()
@@ -724,28 +740,25 @@ def setup(args):
         dist.barrier()
     num_classes = int(y_train.max()) + 1
     if args.train_size and args.train_size > len(x_train):
-        raise ValueError(f"--train-size {args.train_size} of {len(x_train)} training images")
+        raise ValueError(f"--train-size {args.train_size} is more than the {len(x_train)} training images")
     x_train, y_train = x_train[: args.train_size], y_train[: args.train_size]
-    if args.batch_size > len(x_train):
-        raise ValueError(f"--batch-size {args.batch_size} of {len(x_train)} training images")
+    if args.batch_size > len(x_train) or args.batch_size % world:
+        raise ValueError(f"--batch-size {args.batch_size} for {len(x_train)} training images and {world} processes")
     data = [t.to(device) for t in (x_train, y_train, x_test, y_test)]
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(1 if args.seed is None else args.seed)
     net = models.build(args.arch, num_classes).to(device, memory_format=torch.channels_last)
-    if dist.is_initialized() and device.type == "cuda":
+    if world > 1 and device.type == "cuda":
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-
+    state = {"epoch": 0, "best": -1.0, "log": [], "args": {"seed": 1}}
+    if args.init:
+        state = restore(args.init, args, net, optimizer) | {"best": -1.0}
+    args.seed = state["args"]["seed"] if args.seed is None else args.seed
+    args.out = args.out or f"runs/{args.method}-{args.arch}-s{args.seed}"
     lock = None if args.bench or not is_lead() else claim(Path(args.out), settings(args), args.resume)
-    source, checkpoint = args.init, init
     if args.resume and Path(args.out, "last.pt").exists():
-        source = Path(args.out, "last.pt")
-        checkpoint = read_training(source, args.arch)
-    state = {"epoch": 0, "best": -1.0, "log": []}
-    if checkpoint:
-        models.load_weights(net, checkpoint["model"], source)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        state = {key: checkpoint[key] for key in state}
+        state = restore(Path(args.out, "last.pt"), args, net, optimizer)
     return data, net, optimizer, state, lock
 
 
@@ -759,6 +772,8 @@ def main(argv=None):
         data, net, optimizer, state, _lock = setup(args)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped before the first epoch\n")
     fast = torch.compile(net) if args.compile else net  # the same parameters and mode
     model = DistributedDataParallel(fast, broadcast_buffers=False) if dist.is_initialized() else fast
     try:
@@ -767,11 +782,11 @@ def main(argv=None):
         else:
             train(args, data, net, fast, model, optimizer, state)
     except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped after epoch {state['epoch']}: the same command with --resume goes on from there\n")
+        parser.exit(130, f"\nstopped: the same command with --resume goes on after epoch {state['epoch']}\n")
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: stopped at {error}; the last checkpoint is that of epoch {state['epoch']}\n")
     except OSError as error:
-        parser.exit(1, f"{parser.prog}: cannot write to {args.out}: {error}; the checkpoints there are whole\n")
+        parser.exit(1, f"{parser.prog}: cannot write to {args.out} ({error}): the checkpoints of before are whole\n")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

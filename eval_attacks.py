@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.fx.experimental.optimization import fuse
 
 import models
 from clirat import frozen, is_lead, join_processes, load_data, number, open_device, pgd, to_input, write
@@ -215,12 +216,12 @@ def project(t, w, b):
     c = (w * t).sum(1) - b
     w, c = w * torch.where(c < 0, -1, 1)[:, None], c.abs()[:, None]
     room, slope = torch.where(w > 0, t, 1 - t), w.abs()
-    level = torch.zeros_like(c)  # (N, 1): lambda
+    reach, level = slope * room, torch.zeros_like(c)  # (N, D), (N, 1): lambda
     while True:
         free = room > level
-        denominator = (slope * free).sum(1, keepdim=True)
-        raised = (c - (slope * room * ~free).sum(1, keepdim=True)) / denominator
-        raised = torch.where(denominator > 0, raised, torch.inf)
+        denominator = slope.where(free, 0).sum(1, keepdim=True)
+        raised = (c - reach.where(~free, 0).sum(1, keepdim=True)) / denominator
+        raised = raised.where(denominator > 0, torch.inf)
         if not (raised > level).any():
             return -w.sign() * torch.minimum(level, room)
         level = torch.maximum(level, raised)
@@ -233,34 +234,28 @@ def fab_t(model, x, y, *, eps, steps=100, seed=0, index=None, batch_size=128, am
     Returns (N, C, H, W): a misclassified image inside the ball for each point, x where none was found.
     """
 
-    def linearise(x, y, target):
-        """f = z_t - z_y and its gradient at x, and whether x is misclassified."""
-        x = x.detach().requires_grad_()
-        logits = predict(model, x, amp)
-        f = (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
-        (w,) = torch.autograd.grad(f.sum(), x)
-        return f.detach(), w, is_fooled(model, logits.detach(), x.detach(), y, amp)
-
     def attack(point, rank, record):
         s = SimpleNamespace(point=point, y=y[point], target=targets[rank, point], clean=x[point], x=x[point])
-        s.f, s.w, _ = linearise(s.x, s.y, s.target)
         for _ in range(steps):
-            now, clean, w = s.x.flatten(1), s.clean.flatten(1), s.w.flatten(1)  # (n, D)
-            b = (w * now).sum(1) - s.f
+            inputs = s.x.detach().requires_grad_()
+            logits = predict(model, inputs, amp)
+            f = (logits.gather(1, s.target[:, None]) - logits.gather(1, s.y[:, None])).squeeze(1)  # (n,): z_t - z_y
+            w = torch.autograd.grad(f.sum(), inputs)[0].flatten(1)
+            now, clean = s.x.flatten(1), s.clean.flatten(1)  # (n, D)
+            b = (w * now).sum(1) - f.detach()  # the boundary, seen from s.x, is <w, .> = b
             d1, d2 = project(torch.cat([now, clean]), torch.cat([w, w]), torch.cat([b, b])).chunk(2)
             a1, a2 = (d.abs().amax(1, keepdim=True).clamp(min=1e-8) for d in (d1, d2))
             alpha = (a1 / (a1 + a2)).clamp(max=0.1)
             moved = (now + 1.05 * d1) * (1 - alpha) + (clean + 1.05 * d2) * alpha
             s.x = moved.clamp(0, 1).view_as(s.x)
-            s.f, s.w, s.wrong = linearise(s.x, s.y, s.target)
-            if s.wrong.any():
-                near = (s.x - s.clean).abs().amax((1, 2, 3)) <= eps
-                s = select(s, record(s.point, s.wrong & near, s.x))
+            with torch.no_grad():
+                wrong = is_fooled(model, predict(model, s.x, amp), s.x, s.y, amp)
+            near = (s.x - s.clean).abs().amax((1, 2, 3)) <= eps
+            s.x = torch.where(widen(wrong & ~near), s.clean + 0.9 * (s.x - s.clean), s.x)  # too far
+            if (wrong & near).any():
+                s = select(s, record(s.point, wrong & near, s.x))
                 if not len(s.point):
                     return
-                back = s.wrong  # beyond the ball: go on from nearer to the clean image
-                s.x[back] = s.clean[back] + 0.9 * (s.x[back] - s.clean[back])
-                s.f[back], s.w[back], _ = linearise(s.x[back], s.y[back], s.target[back])
 
     with frozen(model), torch.enable_grad():
         targets = targets_of(model, x, y)
@@ -392,6 +387,20 @@ def verdict(model, x, y, x_adv, eps):
         return is_wrong(model(x_adv), y)
 
 
+def accelerate(model, x):
+    """A copy of the model to attack: channels last, BatchNorm folded into convolutions, equal up to rounding.
+
+    x: some images, to check that on. A model that FX cannot trace is only copied.
+    """
+    fast = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+    try:
+        folded = fuse(fast)
+        with torch.no_grad():
+            return folded if torch.allclose(folded(x), fast(x), rtol=1e-3, atol=1e-3) else fast
+    except Exception:  # tracing runs the model's own code on symbols, which can fail in any way
+        return fast
+
+
 def chain(name):
     """The verdicts that an attack's column needs: AutoAttack and APGD-CE, its first stage, count on from NAT."""
     stages = ["nat", *STAGES]
@@ -412,7 +421,7 @@ def evaluate(model, x, y, attacks, *, n=None, eps, seed=0, batch_size=128, amp=F
     """
     n = len(x) if n is None else n
     verdicts = {} if verdicts is None else verdicts
-    fast = copy.deepcopy(model).to(memory_format=torch.channels_last)  # is attacked; the verdict is the model's own
+    fast = accelerate(model, x[:8].float() / 255)  # is attacked; the verdict is the model's own
     options = {"eps": eps, "seed": seed, "batch_size": batch_size, "amp": amp}
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
 

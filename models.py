@@ -138,7 +138,9 @@ def read(path):
     except UnpicklingError:
         raise ValueError(f"{path} holds more than tensors and plain values, or is damaged: it is not loaded") from None
     except Exception as error:  # a damaged file can raise nearly anything
-        raise ValueError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({str(error).partition(chr(10))[0] or type(error).__name__})"
+        ) from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
     return checkpoint

@@ -2,6 +2,8 @@
 
 import inspect
 import math
+import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -415,3 +417,158 @@ def test_real_images():
     assert (x_train.shape, x_test.shape, x_train.dtype) == ((10000, 3, 32, 32), (2000, 3, 32, 32), torch.uint8)
     assert y_train.bincount().tolist() == [1000] * 10
     assert y_test.bincount().tolist() == [200] * 10
+
+
+# ---- Bad input -----------------------------------------------------------------------------------------------------
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+def files(folder, good):
+    """Bad files, by name, for the command lines below."""
+    arrays = dict(np.load(good))
+    images = arrays["x_train"]
+    bad = {
+        "missing_array": {"y_test": None},
+        "float_images": {"x_train": images.astype(np.float32)},
+        "grey_images": {"x_train": images[..., :1]},
+        "flat_images": {"x_test": images.reshape(len(images), -1)},
+        "no_images": {"x_test": images[:0], "y_test": arrays["y_test"][:0]},
+        "other_size": {"x_train": images[:, :6]},
+        "short_labels": {"y_train": arrays["y_train"][:-1]},
+        "float_labels": {"y_train": arrays["y_train"] / 2},
+        "negative_labels": {"y_train": arrays["y_train"] - 1},
+        "unknown_labels": {"y_test": arrays["y_test"] + 1},
+        "one_class": {"y_train": 0 * arrays["y_train"], "y_test": 0 * arrays["y_test"]},
+        "object_labels": {"y_train": np.array([RunsCode()] * 50, dtype=object)},
+    }
+    for name, change in bad.items():
+        np.savez(folder / f"{name}.npz", **{k: v for k, v in (arrays | change).items() if v is not None})
+    (folder / "truncated.npz").write_bytes(good.read_bytes()[:1000])
+    for name in ("empty.npz", "empty.pt"):
+        (folder / name).touch()
+    (folder / "text.pt").write_text("not a checkpoint\n")
+    net = models.build("wrn-10-1", 5)
+    torch.save(RunsCode(), folder / "code.pt")
+    torch.save([1, 2], folder / "list.pt")
+    torch.save({"model": net.state_dict(), "args": {"arch": "wrn-10-1"}}, folder / "weights.pt")
+    torch.save(net.state_dict(), folder / "bare.pt")
+    torch.save(net.state_dict() | {"fc.bias": torch.full((5,), torch.nan)}, folder / "nan.pt")
+    torch.save({"model": {"a": 1}, "args": {"arch": "wrn-10-1"}}, folder / "wrong_keys.pt")
+    (folder / "truncated.pt").write_bytes((folder / "bare.pt").read_bytes()[:5000])
+
+
+TRAIN = [
+    ("--method magic", "magic"),
+    ("--arch vgg16", "vgg16"),
+    ("--arch wrn-11-1", "wrn-11-1"),
+    ("--epochs 0", "epochs"),
+    ("--epochs 1.5", "epochs"),
+    ("--batch-size 0", "batch-size"),
+    ("--batch-size 51", "51"),
+    ("--train-size 51", "51"),
+    ("--lr 0", "--lr"),
+    ("--lr nan", "--lr"),
+    ("--lr -1", "--lr"),
+    ("--weight-decay -1", "weight-decay"),
+    ("--gamma inf", "gamma"),
+    ("--gamma -1", "gamma"),
+    ("--beta nan", "beta"),
+    ("--eps 2", "eps"),
+    ("--eps 8/0", "eps"),
+    ("--steps 0", "steps"),
+    ("--seed -1", "seed"),
+    ("--burn-in -1", "burn-in"),
+    ("--exclude all", "exclude"),
+    ("--weight-norm l2", "weight-norm"),
+    ("--method at --gamma 2", "--gamma does nothing"),
+    ("--trade-off 3", "--trade-off does nothing"),
+    ("--device cuda:99", "cuda:99"),
+    ("--device toaster", "toaster"),
+    ("--data nowhere.npz", "nowhere.npz"),
+    ("--data missing_array.npz", "y_test"),
+    ("--data float_images.npz", "uint8"),
+    ("--data grey_images.npz", "(50, 8, 8, 1)"),
+    ("--data flat_images.npz", "uint8"),
+    ("--data no_images.npz", "N > 0"),
+    ("--data other_size.npz", "differ in size"),
+    ("--data short_labels.npz", "50 integers"),
+    ("--data float_labels.npz", "integers"),
+    ("--data negative_labels.npz", "-1"),
+    ("--data unknown_labels.npz", "0..4"),
+    ("--data one_class.npz", "K > 1"),
+    ("--data object_labels.npz", "object_labels.npz"),
+    ("--data truncated.npz", "truncated.npz"),
+    ("--data empty.npz", "empty.npz"),
+    ("--data small.npz/folder", "toy"),
+    ("--init nowhere.pt", "nowhere.pt"),
+    ("--init weights.pt", "no training checkpoint"),
+    ("--init code.pt", "not loaded"),
+    ("--init run/burnin.pt --arch resnet18", "--arch"),
+    ("--init run/last.pt --epochs 2", "--epochs 2"),
+    ("--out run", "--resume"),
+    ("--out run --resume --gamma 3", "gamma was 10.0, not 3.0"),
+    ("--out nothing --resume", "no run to resume"),
+    ("--out small.npz", "small.npz"),
+]
+EVAL = [
+    ("nowhere.pt", "nowhere.pt"),
+    ("empty.pt", "empty.pt"),
+    ("text.pt", "text.pt"),
+    ("truncated.pt", "truncated.pt"),
+    ("code.pt", "not loaded"),
+    ("list.pt", "list"),
+    ("wrong_keys.pt", "conv1.weight"),
+    ("nan.pt --arch wrn-10-1", "not finite"),
+    ("bare.pt", "--arch"),
+    ("bare.pt --arch resnet18", "layer1.0.conv1.weight"),
+    ("bare.pt --arch wrn-16-1", "block1.layer.1"),
+    ("bare.pt --arch wrn-10-1 --data toy", "5 classes"),
+    ("weights.pt --attacks magic", "magic"),
+    ("weights.pt --n 31", "31"),
+    ("weights.pt --n 0", "--n"),
+    ("weights.pt --eps -1", "--eps"),
+    ("weights.pt --device cuda:99", "cuda:99"),
+    ("damaged.pt", "damaged.pt.eval.npz"),
+]
+
+
+@pytest.fixture(scope="module")
+def desk(data, straight, tmp_path_factory):
+    """A folder with good and bad files."""
+    folder = tmp_path_factory.mktemp("desk")
+    shutil.copytree(straight, folder / "run")
+    shutil.copy(data, folder / "small.npz")
+    files(folder, data)
+    shutil.copy(folder / "weights.pt", folder / "damaged.pt")
+    (folder / "damaged.pt.eval.npz").write_text("damaged")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "message"),
+    [*((clirat.main, *case) for case in TRAIN), *((eval_attacks.main, *case) for case in EVAL)],
+    ids=[case[0] for case in TRAIN + EVAL],
+)
+def test_bad_input(main, words, message, desk, capsys, monkeypatch):
+    monkeypatch.chdir(desk)
+    before = {path: path.stat().st_mtime_ns for path in desk.rglob("*") if path.name != ".lock" and path.is_file()}
+    words = words.split()
+    defaults = [] if "--data" in words else ["--data", "small.npz"]
+    if main is clirat.main:
+        settings = {"--arch": "wrn-10-1", "--batch-size": "20", "--steps": "2", "--eval-size": "20", "--epochs": "3"}
+        settings["--burn-in"] = "1"
+        defaults += [word for pair in settings.items() if pair[0] not in words for word in pair]
+    with pytest.raises(SystemExit) as stop:
+        main([*defaults, *words] if main is clirat.main else [*words, *defaults])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert len(err.splitlines()) == 1 or err.startswith("usage:")
+    after = {path: path.stat().st_mtime_ns for path in desk.rglob("*") if path.name != ".lock" and path.is_file()}
+    assert before == after
+    assert not (desk / "hacked").exists()
