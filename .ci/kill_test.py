@@ -2,10 +2,12 @@
 
     python .ci/kill_test.py [DATA]
 
-Ten kills come at arbitrary moments, ten while a file is being written. Then SIGINT, SIGTERM and a full disk.
+Ten kills come at arbitrary moments, ten while a file is being written. Then SIGINT and SIGTERM, a second process on one
+run folder, a full disk, and an evaluation that is killed.
 """
 
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,9 +23,15 @@ DATA = sys.argv[1] if len(sys.argv) > 1 else "toy"
 OPTIONS = "--arch wrn-10-1 --train-size 256 --batch-size 64 --epochs 12 --steps 2 --eval-size 64"
 
 
-def start(out, *options):
+def start(out, *options, **kwargs):
     command = [sys.executable, str(ROOT / "clirat.py"), "--data", DATA, *OPTIONS.split(), "--out", str(out), *options]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def start_evaluation(checkpoint, batch_size):
+    command = [sys.executable, str(ROOT / "eval_attacks.py"), str(checkpoint), "--data", DATA]
+    command += ["--n", "8", "--eps", "2/255", "--batch-size", str(batch_size)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def resume(out):
@@ -95,6 +104,36 @@ def main():
             assert "--resume" in err, err
             assert "Traceback" not in err, err
         print("SIGINT, SIGTERM: one line that says how to go on")
+
+        logged, process = epochs(out), start(out, "--resume")
+        wait_for(lambda: epochs(out) > logged, process)
+        assert "another process" in finish(start(out, "--resume"), 2)
+        process.kill()
+        process.communicate()
+        print("a second process on one run folder: refused")
+
+        before = (out / "last.pt").read_bytes()
+        small_files = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))}
+        err = finish(start(out, "--resume", **small_files), 1)
+        assert "cannot write" in err, err
+        assert "Traceback" not in err, err
+        assert (out / "last.pt").read_bytes() == before
+        assert not list(out.glob("*.tmp"))
+        print("a full disk: one line, and the last checkpoint is whole")
+
+        straight.joinpath("copy.pt").write_bytes((straight / "last.pt").read_bytes())
+        kept = straight / "copy.pt.eval.npz"
+        process = start_evaluation(straight / "copy.pt", 4)
+        wait_for(lambda: kept.exists() and any("fab-t" in name for name in np.load(kept).files), process)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "the evaluation was over before the kill"
+        process.communicate()
+        tables = [
+            start_evaluation(straight / name, size).communicate() for name, size in (("copy.pt", 8), ("last.pt", 3))
+        ]
+        figures = [table.splitlines()[2].split("|")[2:] for table, _ in tables]
+        assert figures[0] == figures[1], tables
+        print("an evaluation killed in the middle of AutoAttack, at another batch size: the same row", figures[0])
 
 
 if __name__ == "__main__":
