@@ -713,7 +713,8 @@ def parse_args(argv):
 def join_processes(device):
     """Join the process group if torchrun started this process. Returns the device to use, one GPU a process."""
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        patience = datetime.timedelta(days=1)  # a rank can be done with an attack long before another
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=patience)
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
@@ -774,6 +775,8 @@ def main(argv=None):
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "stopped before the first epoch\n")
+    if args.amp and args.device == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        print("note: this CPU has no fast bfloat16, --amp will be very slow on it", file=sys.stderr)
     fast = torch.compile(net) if args.compile else net  # the same parameters and mode
     model = DistributedDataParallel(fast, broadcast_buffers=False) if dist.is_initialized() else fast
     try:

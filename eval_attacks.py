@@ -17,6 +17,7 @@ import math
 import statistics
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -373,7 +374,11 @@ ATTACKS = {
 
 
 def applicable(names, num_classes):
-    """names without the attacks that need more classes."""
+    """names without targeted APGD, and a warning, if there are too few classes for its loss."""
+    if "apgd-t" in names and num_classes < 4:
+        warnings.warn(
+            f"{num_classes} classes are too few for targeted APGD's loss: AutoAttack goes without", stacklevel=3
+        )
     return [name for name in names if name != "apgd-t" or num_classes > 3]
 
 
@@ -623,6 +628,8 @@ def main(argv=None):
         networks = [models.load(path, args.arch) for path in args.checkpoints]
         x, y = (t.to(device) for t in load_data(args.data)[2:])
         n = args.n or len(x)
+        if args.json and not args.json.parent.is_dir():
+            raise ValueError(f"no folder {args.json.parent} for --json")
         if n > len(x):
             raise ValueError(f"--n {n} of {len(x)} test images")
         common = {"data": digest(x, y), "eps": args.eps, "seed": args.seed, "amp": args.amp}
@@ -636,7 +643,7 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
-    results, seeds = [], {}
+    results, runs = [], {}
     if is_lead():
         print(f"| checkpoint | n | eps | {' | '.join(TITLES[name] for name in args.attacks)} |")
         print(f"|---{'|---' * (2 + len(args.attacks))}|", flush=True)
@@ -648,35 +655,34 @@ def main(argv=None):
             if not is_lead():
                 continue
             figures = summarise(verdicts, args.attacks, n)
-            cells = [
-                "{:.2f} [{:.1f}, {:.1f}]".format(figures[name]["accuracy"], *figures[name]["interval"])
-                for name in args.attacks
-            ]
+            cells = [figures[name] for name in args.attacks]
+            cells = ["{:.2f} [{:.1f}, {:.1f}]".format(cell["accuracy"], *cell["interval"]) for cell in cells]
             print_row(path, n, args.eps, cells)
             if reference := paper_row(metadata, args.attacks):
                 print_row(f"the paper's {metadata['method']}, {metadata['arch']}", 10000, 8 / 255, reference)
-            warnings = doubts(model, x[:n], y[:n], verdicts)
-            for warning in warnings:
-                print(f"warning: {path}: {warning}", file=sys.stderr)
-            about = {
-                key: metadata.get(key)
-                for key in ("method", "arch", "epochs", "gamma", "beta", "trade_off", "weight_norm", "exclude")
-            }
-            seeds.setdefault(json.dumps(about), []).append(figures)
-            about |= {"checkpoint": path, "train_seed": metadata.get("seed"), "n": n} | common
-            results.append(about | {"attacks": figures, "warnings": warnings})
+            found = doubts(model, x[:n], y[:n], verdicts)
+            for doubt in found:
+                print(f"warning: {path}: {doubt}", file=sys.stderr)
+            about = {key: value for key, value in metadata.items() if key not in ("seed", "init", "log", "best")}
+            if "method" in about:
+                runs.setdefault(json.dumps(about), {})[metadata["seed"]] = figures
+            about |= common | {"checkpoint": path, "train_seed": metadata.get("seed"), "n": n}
+            results.append(about | {"attacks": figures, "warnings": found})
+        for about, seeds in runs.items():
+            if len(seeds) > 1:
+                columns = [[figures[name]["accuracy"] for figures in seeds.values()] for name in args.attacks]
+                cells = [f"{statistics.mean(column):.2f} ± {statistics.stdev(column):.2f}" for column in columns]
+                about = json.loads(about)
+                print_row(f"{about['method']}, {about['arch']}, mean ± std of {len(seeds)} seeds", n, args.eps, cells)
+        if args.json and is_lead():
+            write(args.json, json.dumps(results, indent=2).encode() + b"\n")
     except KeyboardInterrupt:
         parser.exit(130, "\nstopped: the same command goes on from the last batch\n")
-    if not is_lead():
-        return
-    for about, group in seeds.items():
-        about = json.loads(about)
-        if len(group) > 1 and about["method"]:
-            columns = [[figures[name]["accuracy"] for figures in group] for name in args.attacks]
-            cells = [f"{statistics.mean(column):.2f} ± {statistics.stdev(column):.2f}" for column in columns]
-            print_row(f"{about['method']}, {about['arch']}, mean ± std of {len(group)}", n, args.eps, cells)
-    if args.json:
-        write(args.json, json.dumps(results, indent=2).encode() + b"\n")
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: cannot write ({error}); the verdicts of before are whole\n")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
