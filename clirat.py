@@ -240,9 +240,9 @@ def gather(t):
     """(n, ...) of each process -> (N, ...) of the global batch, in rank order; without torchrun, t itself."""
     if not dist.is_initialized():
         return t
-    out = t.new_empty(dist.get_world_size() * len(t), *t.shape[1:])
-    dist.all_gather_into_tensor(out, t)
-    return out
+    parts = [torch.empty_like(t) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, t)
+    return torch.cat(parts)
 
 
 def shard(t):
@@ -253,16 +253,16 @@ def shard(t):
 def batch_weights(args, probs, y, kappa, num_cl):
     """Algorithm 1 l.9 and l.14 over the global batch; examples dropped by `--exclude` get weight 0. Returns (n,)."""
     method = METHODS[args.method]
-    margins, gamma, beta = torch.zeros_like(probs[:, 0]), 0, 0  # an unweighted method, here for --exclude alone
+    margins, options = torch.zeros_like(probs[:, 0]), (0, 0)  # an unweighted method, here for --exclude alone
     if method.margin:
         margins = kappa / args.steps if method.margin == "lps" else {"pm": pm, "cl-pm": cl_pm}[method.margin](probs, y)
-        gamma, beta = args.gamma, args.beta
+        options = args.gamma, args.beta, args.weight_norm
     margins, num_cl = gather(margins), gather(num_cl)  # (N,) each
     if args.exclude is None:
-        return shard(instance_weights(margins, gamma, beta, args.weight_norm))
+        return shard(instance_weights(margins, *options))
     keep = num_cl != 1 if args.exclude == "single" else num_cl < 2
     weights = torch.zeros_like(margins)
-    weights[keep] = len(keep) / keep.sum() * instance_weights(margins[keep], gamma, beta, args.weight_norm)
+    weights[keep] = len(keep) / keep.sum() * instance_weights(margins[keep], *options)
     return shard(weights)
 
 
@@ -300,8 +300,8 @@ def train_step(args, epoch, net, model, optimizer, x, y, start):
         loss = trades_loss(logits_nat, logits_adv, y, args.trade_off, weights)
     else:
         loss = mart_loss(logits_nat, logits_adv, y, args.trade_off, weights)
-    if not loss.isfinite():
-        raise FloatingPointError(f"the loss is {loss.item()}")
+    if not gather(loss.detach()[None]).isfinite().all():  # on every process, so that all stop
+        raise FloatingPointError("the loss is not finite")
     if not args.exclude or gather(weights).any():  # with every example dropped there is nothing to learn from
         optimizer.zero_grad()
         loss.backward()
@@ -313,7 +313,7 @@ def train_step(args, epoch, net, model, optimizer, x, y, start):
 
 
 def evaluate(net, x, y, *, eps, batch_size):
-    """NAT and PGD-20 accuracy in [0, 1] on uint8 images x (N, C, H, W), in fp32.
+    """NAT and PGD-20 accuracy in [0, 1] on uint8 images x (N, C, H, W), without autocast.
 
     PGD-20 as in MAIL's evaluation: uniform start, step 0.003, verdict on the last iterate.
     """
@@ -362,6 +362,8 @@ def train(args, data, net, fast, model, optimizer, state):
     x_train, y_train, x_test, y_test = data
     batches = math.ceil(len(x_train) / args.batch_size)
     done, steps, begun = 0, batches * (args.epochs - state["epoch"]), time.perf_counter()
+    if is_lead() and state["log"]:  # a kill can come between last.pt and log.csv
+        save_log(Path(args.out, "log.csv"), state["log"])
     for epoch in range(state["epoch"] + 1, args.epochs + 1):  # Alg. 1 l.1
         torch.manual_seed(args.seed * 10_007 + epoch)  # of (seed, epoch) alone: a resumed run needs no random state
         lr = learning_rate(epoch, args.lr, args.lr_milestones)
@@ -392,6 +394,7 @@ def train(args, data, net, fast, model, optimizer, state):
             save_epoch(args, net, optimizer, state, row)
             print(describe(row, args.epochs), flush=True)
 
+    torch.manual_seed(args.seed)
     nat, pgd20 = evaluate(net, x_test, y_test, eps=args.eps, batch_size=args.batch_size)
     if is_lead():
         print(f"NAT {100 * nat:.2f}  PGD-20 {100 * pgd20:.2f}  (%, last epoch, all {len(x_test)} test images)")
@@ -403,9 +406,12 @@ def bench(args, data, net, fast, model, optimizer):
     x_train, y_train, *_ = data
     net.train()
     batches = itertools.chain.from_iterable(mini_batches(x_train, y_train, args.batch_size) for _ in itertools.count())
-    with FlopCounterMode(display=False) as counter:  # warm-up in eager mode: compiled code is not counted
-        train_step(args, args.burn_in + 1, net, net, optimizer, *next(batches))
-    train_step(args, args.burn_in + 1, fast, model, optimizer, *next(batches))  # warm-up: compiles
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(to_input(x_train[: args.batch_size]))
+    loss = METHODS[args.method].loss  # a backward costs as much as a forward for x and as much again for the weights
+    forwards = 2 * args.steps + {"at": 3, "trades": 7, "mart": 6}[loss]
+    for _ in range(2):  # warm-up, compilation
+        train_step(args, args.burn_in + 1, fast, model, optimizer, *next(batches))
     seconds = []
     for _ in range(args.bench):
         begun = time.perf_counter()
@@ -414,7 +420,7 @@ def bench(args, data, net, fast, model, optimizer):
     step = statistics.median(seconds)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     if x_train.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
+        peak = torch.cuda.max_memory_allocated(x_train.device) / 2**20
     else:
         import resource  # Unix only
 
@@ -426,7 +432,7 @@ def bench(args, data, net, fast, model, optimizer):
         "ms_per_step": round(1000 * step, 1),
         "images_per_s": round(args.batch_size / step, 1),
         "peak_mem_mb": round(peak),
-        "gflop_per_s": round(counter.get_total_flops() * processes / step / 1e9, 1),
+        "gflop_per_s": round(counter.get_total_flops() * forwards / step / 1e9, 1),
         "full_run_hours": round(step * math.ceil(len(x_train) / args.batch_size) * args.epochs / 3600, 2),
     }
     if is_lead():
@@ -587,28 +593,37 @@ def save_log(path, rows):
     write(path, file.getvalue().encode())
 
 
+def lock(path):
+    """Hold an exclusive lock while the returned file is referenced. ValueError if another process holds it."""
+    file = open(path, "w")  # noqa: SIM115 - open as long as the process
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is at work in {path.parent}") from None
+    return file
+
+
 def claim(out, wanted, resume):
-    """Lock the run folder and check its settings against `wanted`. Returns the lock, held while it is referenced."""
-    holds_run = (out / "args.json").exists()
-    if holds_run and not resume:
-        raise ValueError(f"{out} already holds a run: add --resume to continue it, or choose another --out")
-    if resume and not holds_run:
+    """Lock the run folder and check its settings against `wanted`, or write them there. Returns the lock."""
+    kept = out / "args.json"
+    if resume and not kept.exists():
         raise ValueError(f"{out} holds no run to resume: leave out --resume to start one")
     out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "w")  # noqa: SIM115 - open as long as the process
-    if fcntl:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is training in {out}") from None
-    if resume:
-        stored = json.loads((out / "args.json").read_text())
-        changed = [f"{k} was {stored.get(k)}, not {v}" for k, v in wanted.items() if stored.get(k) != v]
-        if changed:
-            raise ValueError(f"{out} was started with other settings: {'; '.join(changed)}")
-    else:
-        write(out / "args.json", json.dumps(wanted, indent=2).encode() + b"\n")
-    return lock
+    held = lock(out / ".lock")
+    if not resume:
+        if kept.exists():
+            raise ValueError(f"{out} already holds a run: add --resume to continue it, or choose another --out")
+        write(kept, json.dumps(wanted, indent=2).encode() + b"\n")
+        return held
+    try:
+        before = dict(json.loads(kept.read_text()))
+    except (TypeError, ValueError):
+        raise ValueError(f"{kept} is damaged") from None
+    changed = [f"{k} was {before.get(k)}, not {v}" for k, v in wanted.items() if before.get(k) != v]
+    if changed:
+        raise ValueError(f"{out} was started with other settings: {'; '.join(changed)}")
+    return held
 
 
 def restore(path, args, net, optimizer):
@@ -677,9 +692,9 @@ def parse_args(argv):
     add("--eps", "L-infinity radius", "8/255", type=number(float, 0, 1))
     add("--step-size", "step of the training PGD", "2/255", type=number(float, 0))
     add("--steps", "steps of the training PGD", 10, type=number(int, 1))
-    add("--seed", "(default: 1, or that of --init)", type=number(int, 0, 400_000))
+    add("--seed", "(default: 1, or that of --init)", type=number(int, 0, 400_000))  # x 10,007 has 32 bits: see train
     add("--out", "run folder (default: runs/<method>-<arch>-s<seed>)", type=str)
-    add("--resume", "continue the run in --out, bit for bit", action="store_true")
+    add("--resume", "continue the run in --out", action="store_true")
     add("--init", "start from another run's burnin.pt or last.pt: weights, optimiser, epoch, seed",
         type=str, metavar="CKPT")  # fmt: skip
     add("--exclude", "drop the examples with one or with several confused labels after the burn-in (Fig. 1B)",
@@ -711,8 +726,13 @@ def parse_args(argv):
 
 
 def join_processes(device):
-    """Join the process group if torchrun started this process. Returns the device to use, one GPU a process."""
+    """Join the process group if torchrun started this process. Returns the device to use, one GPU a process.
+
+    ValueError if there are fewer GPUs than processes.
+    """
     if "RANK" in os.environ:
+        if device == "cuda" and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs here")
         patience = datetime.timedelta(days=1)  # a rank can be done with an attack long before another
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=patience)
         if device == "cuda":
@@ -729,22 +749,40 @@ def open_device(name):
         raise ValueError(f"--device {name}: {str(error).partition(chr(10))[0]}") from None
 
 
+def load_data_once(spec):
+    """`load_data`, on rank 0 first under torchrun, so that one process downloads and the others find the files."""
+    if not is_lead():
+        dist.barrier()
+    try:
+        return load_data(spec)
+    finally:
+        if is_lead() and dist.is_initialized():
+            dist.barrier()
+
+
+def any_error(error):
+    """The first error message of any process, so that all stop at bad input that one of them found, or None."""
+    errors = [error]
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    return next((message for message in errors if message), None)
+
+
 def setup(args):
     """Data, network, optimiser, state and lock of the run. ValueError or OSError before anything is overwritten."""
     device = open_device(args.device)
     world = dist.get_world_size() if dist.is_initialized() else 1
 
-    if not is_lead():  # rank 0 downloads, the others find the files
-        dist.barrier()
-    x_train, y_train, x_test, y_test = load_data(args.data)
-    if is_lead() and dist.is_initialized():
-        dist.barrier()
+    x_train, y_train, x_test, y_test = load_data_once(args.data)
     num_classes = int(y_train.max()) + 1
     if args.train_size and args.train_size > len(x_train):
         raise ValueError(f"--train-size {args.train_size} is more than the {len(x_train)} training images")
     x_train, y_train = x_train[: args.train_size], y_train[: args.train_size]
-    if args.batch_size > len(x_train) or args.batch_size % world:
-        raise ValueError(f"--batch-size {args.batch_size} for {len(x_train)} training images and {world} processes")
+    if args.batch_size > len(x_train):
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(x_train)} training images")
+    if args.batch_size % world:
+        raise ValueError(f"--batch-size {args.batch_size} is no multiple of the {world} processes")
     data = [t.to(device) for t in (x_train, y_train, x_test, y_test)]
 
     torch.manual_seed(1 if args.seed is None else args.seed)
@@ -765,34 +803,40 @@ def setup(args):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    args.device = join_processes(args.device)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.backends.cudnn.benchmark = True
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    error = state = None
     try:
+        args.device = join_processes(args.device)
         data, net, optimizer, state, _lock = setup(args)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except (OSError, ValueError) as bad_input:
+        error = f"{parser.prog}: error: {bad_input}\n"
     except KeyboardInterrupt:
         parser.exit(130, "stopped before the first epoch\n")
+    if error := any_error(error):
+        parser.exit(2, error if is_lead() else None)
+
     if args.amp and args.device == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
         print("note: this CPU has no fast bfloat16, --amp will be very slow on it", file=sys.stderr)
     fast = torch.compile(net) if args.compile else net  # the same parameters and mode
     model = DistributedDataParallel(fast, broadcast_buffers=False) if dist.is_initialized() else fast
+    status, message = 0, None
     try:
         if args.bench:
             bench(args, data, net, fast, model, optimizer)
         else:
             train(args, data, net, fast, model, optimizer, state)
     except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped: the same command with --resume goes on after epoch {state['epoch']}\n")
+        status, message = 130, f"\nstopped: the same command with --resume goes on after epoch {state['epoch']}\n"
     except FloatingPointError as error:
-        parser.exit(1, f"{parser.prog}: stopped at {error}; the last checkpoint is that of epoch {state['epoch']}\n")
+        status, message = 1, f"{parser.prog}: stopped at {error}; last.pt is from epoch {state['epoch']}\n"
     except OSError as error:
-        parser.exit(1, f"{parser.prog}: cannot write to {args.out} ({error}): the checkpoints of before are whole\n")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        status, message = 1, f"{parser.prog}: cannot write to {args.out} ({error}); last.pt there is whole\n"
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if status:
+        parser.exit(status, message)
 
 
 if __name__ == "__main__":

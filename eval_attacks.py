@@ -29,7 +29,19 @@ import torch.nn.functional as F
 from torch.fx.experimental.optimization import fuse
 
 import models
-from clirat import frozen, is_lead, join_processes, load_data, number, open_device, pgd, to_input, write
+from clirat import (
+    any_error,
+    frozen,
+    is_lead,
+    join_processes,
+    load_data_once,
+    lock,
+    number,
+    open_device,
+    pgd,
+    to_input,
+    write,
+)
 
 # ---- Common --------------------------------------------------------------------------------------------------------
 
@@ -78,10 +90,14 @@ def margin(logits, y):
     return (z_y - logits.scatter(1, y[:, None], -torch.inf)).amin(1)
 
 
-def targets_of(model, x, y):
-    """The classes other than y by clean logit, largest first, at most nine: (T, N)."""
+def logits_of(model, x, batch_size):
     with torch.no_grad():
-        logits = predict(model, x).scatter(1, y[:, None], -torch.inf)
+        return torch.cat([predict(model, part) for part in x.split(batch_size)])
+
+
+def targets_of(model, x, y, batch_size):
+    """The classes other than y by clean logit, largest first, at most nine: (T, N)."""
+    logits = logits_of(model, x, batch_size).scatter(1, y[:, None], -torch.inf)
     return logits.argsort(1, descending=True)[:, : min(9, logits.shape[1] - 1)].T
 
 
@@ -152,7 +168,7 @@ def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_si
         raise ValueError(f"unknown loss {loss!r}: use ce, dlr or targeted")
     index, checks = numbered(x, index), apgd_checks(steps)
 
-    def evaluate(x, y, target, differentiate=True):
+    def loss_and_grad(x, y, target, differentiate=True):
         x = x.detach().requires_grad_()
         logits = predict(model, x, amp)
         if loss == "ce":
@@ -170,12 +186,10 @@ def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_si
         s = SimpleNamespace(point=point, y=y[point], target=targets[rank, point])
         s.lower, s.upper = (x[point] - eps).clamp(min=0), (x[point] + eps).clamp(max=1)
         s.x = (x[point] + eps * t / (t.abs().amax((1, 2, 3), keepdim=True) + 1e-12)).clamp(0, 1)
-        s.value, s.grad, wrong = evaluate(s.x, s.y, s.target)
+        s.value, s.grad, wrong = loss_and_grad(s.x, s.y, s.target)
         s.before, s.best, s.best_grad, s.best_value, s.checked_value = s.x, s.x, s.grad, s.value, s.value
-        s.last, s.rises = (
-            torch.zeros_like(s.value),
-            torch.zeros_like(s.value),
-        )  # the start's value is no part of the history
+        s.rises = torch.zeros_like(s.value)
+        s.last = torch.zeros_like(s.value)  # as published: the start's value is no part of the history
         s.step, s.halved = torch.full_like(s.value, 2 * eps), torch.ones_like(wrong)
         s = select(s, record(s.point, wrong, s.x))
         for i in range(steps):
@@ -185,7 +199,7 @@ def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_si
             a = 0.75 if i else 1.0
             moved = s.x + a * (ahead - s.x) + (1 - a) * (s.x - s.before)
             s.x, s.before = moved.clamp(s.lower, s.upper), s.x
-            s.value, s.grad, wrong = evaluate(s.x, s.y, s.target, differentiate=i < steps - 1)
+            s.value, s.grad, wrong = loss_and_grad(s.x, s.y, s.target, differentiate=i < steps - 1)
             if wrong.any():
                 s = select(s, record(s.point, wrong, s.x))
             better = s.value > s.best_value
@@ -201,8 +215,8 @@ def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_si
                 s.halved, s.checked_value, s.rises = stuck, s.best_value, torch.zeros_like(s.rises)
 
     with frozen(model), torch.enable_grad():
-        targets = targets_of(model, x, y)
-        return attack_pairs(attack, x, len(targets) if loss == "targeted" else 1, batch_size)
+        targets = targets_of(model, x, y, batch_size) if loss == "targeted" else y[None]
+        return attack_pairs(attack, x, len(targets), batch_size)
 
 
 # ---- FAB -----------------------------------------------------------------------------------------------------------
@@ -259,7 +273,7 @@ def fab_t(model, x, y, *, eps, steps=100, seed=0, index=None, batch_size=128, am
                     return
 
     with frozen(model), torch.enable_grad():
-        targets = targets_of(model, x, y)
+        targets = targets_of(model, x, y, batch_size)
         return attack_pairs(attack, x, len(targets), batch_size)
 
 
@@ -269,14 +283,14 @@ def fab_t(model, x, y, *, eps, steps=100, seed=0, index=None, batch_size=128, am
 def square_side(query, height, width):
     """Side of Square's window at a query (0-based): 80% of the image's area, halved after queries 10, 50, 200, ..."""
     p = 0.8 / 2 ** sum(query > after for after in (10, 50, 200, 500, 1000, 2000, 4000))
-    return max(round(math.sqrt(p * height * width)), 1)
+    return min(max(round(math.sqrt(p * height * width)), 1), height, width)
 
 
 def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=128, amp=False):
     """Square attack (Andriushchenko et al. 2020), one restart: random search on the margin z_y - max_{j != y} z_j.
 
     x: (N, C, H, W) in [0, 1]. y: (N,). amp is ignored: gains are smaller than the spacing of bfloat16 logits.
-    Returns (N, C, H, W): a misclassified image for each point, x where none was found.
+    Returns (N, C, H, W): for each point an image whose margin is not positive, x where none was found.
     """
     index, (channels, height, width) = numbered(x, index), x.shape[1:]
     generator = torch.Generator().manual_seed(seed)
@@ -346,14 +360,14 @@ def autoattack(model, x, y, *, eps, seed=0, index=None, batch_size=128, amp=Fals
     where none was found or where x itself is misclassified.
     """
     index, x_adv = numbered(x, index), x.clone()
-    with frozen(model), torch.no_grad():
-        logits = torch.cat([predict(model, part) for part in x.split(batch_size)])
+    with frozen(model):
+        logits = logits_of(model, x, batch_size)
     robust = (~is_wrong(logits, y)).nonzero().squeeze(1)  # (R,) of x
     for name in applicable(STAGES, logits.shape[1]):
         if len(robust):
             options = {"eps": eps, "seed": seed, "index": index[robust.cpu()], "batch_size": batch_size, "amp": amp}
             found = STAGES[name](model, x[robust], y[robust], **options)
-            wrong = verdict(model, x[robust], y[robust], found, eps)
+            wrong = verdict(model, x[robust], y[robust], found, eps, batch_size)
             x_adv[robust[wrong]] = found[wrong]
             robust = robust[~wrong]
     return x_adv
@@ -382,14 +396,14 @@ def applicable(names, num_classes):
     return [name for name in names if name != "apgd-t" or num_classes > 3]
 
 
-def verdict(model, x, y, x_adv, eps):
+def verdict(model, x, y, x_adv, eps, batch_size):
     """Which of x_adv (N, C, H, W) the model misclassifies, (N,), by a fresh forward. RuntimeError on bad images."""
     if not (x_adv.isfinite().all() and x_adv.min() >= 0 and x_adv.max() <= 1 and (x_adv - x).abs().max() <= eps + 1e-6):
         raise RuntimeError(
             "an adversarial image is not finite, not in [0, 1] or not in the ball: a bug, please report it"
         )
-    with frozen(model), torch.no_grad():
-        return is_wrong(model(x_adv), y)
+    with frozen(model):
+        return is_wrong(logits_of(model, x_adv, batch_size), y)
 
 
 def accelerate(model, x):
@@ -431,7 +445,7 @@ def evaluate(model, x, y, attacks, *, n=None, eps, seed=0, batch_size=128, amp=F
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
 
     def judge(name, index, x_adv):
-        wrong = verdict(model, x[index].float() / 255, y[index], x_adv.contiguous(), eps)
+        wrong = verdict(model, x[index].float() / 255, y[index], x_adv.contiguous(), eps, batch_size)
         verdicts[name][index] = wrong.to("cpu", torch.int8)
 
     with frozen(model), torch.no_grad():
@@ -472,9 +486,9 @@ def evaluate(model, x, y, attacks, *, n=None, eps, seed=0, batch_size=128, amp=F
     return verdicts
 
 
-def doubts(model, x, y, verdicts):
-    """Sentences on what makes figures doubtful, after `evaluate` on uint8 images x (N, C, H, W) with labels y (N,)."""
-    n, found = len(x), []
+def doubts(model, x, y, figures):
+    """Sentences on what makes `summarise`'s figures doubtful; x: uint8 images (N, C, H, W) with labels y (N,)."""
+    found = []
     x, y = x[:128].float() / 255, y[:128]
     with frozen(model):
         inputs = x.clone().requires_grad_()
@@ -487,14 +501,11 @@ def doubts(model, x, y, verdicts):
         found.append("the model is random: two forwards of one batch differ, and these attacks do not average")
     if (share := (grad.flatten(1) == 0).all(1).float().mean().item()) > 0.01:
         found.append(f"the gradient is zero at {share:.0%} of the images: white-box attacks are blind there")
-    accuracy = {name: survivors(verdicts, chain(name), n).float().mean().item() for name in verdicts}
-    if "square" in verdicts:
-        if "pgd20" in verdicts and (gap := accuracy["pgd20"] - accuracy["square"]) > 0.03:
-            found.append(
-                f"AutoAttack is {100 * gap:.1f} points under PGD-20: gradients are masked, PGD is no guide here"
-            )
-        if (gap := accuracy["fab-t"] - accuracy["square"]) > 0.002:
-            found.append(f"Square takes {100 * gap:.1f} points more than the white-box attacks: gradients are masked")
+    accuracy = {name: figure["accuracy"] for name, figure in figures.items()}
+    if "aa" in figures and (gap := accuracy.get("pgd20", 0) - accuracy["aa"]) > 3:
+        found.append(f"AutoAttack is {gap:.1f} points under PGD-20: gradients are masked, PGD is no guide here")
+    if "aa" in figures and (gap := accuracy["fab-t"] - accuracy["square"]) > 0.2:
+        found.append(f"Square takes {gap:.1f} points more than the white-box attacks: gradients are masked")
     return found
 
 
@@ -575,6 +586,9 @@ def parse_args(argv):
     return parser, parser.parse_args(argv)
 
 
+VERSION = 1  # of the attacks: verdicts of another version are not reused
+
+
 def digest(*tensors):
     sha = hashlib.sha256()
     for t in tensors:
@@ -621,27 +635,32 @@ def summarise(verdicts, attacks, n):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    args.device = join_processes(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # verdicts are float32
+    error = None
     try:
+        args.device = join_processes(args.device)
         device = open_device(args.device)
         networks = [models.load(path, args.arch) for path in args.checkpoints]
-        x, y = (t.to(device) for t in load_data(args.data)[2:])
+        x, y = (t.to(device) for t in load_data_once(args.data)[2:])
         n = args.n or len(x)
-        if args.json and not args.json.parent.is_dir():
-            raise ValueError(f"no folder {args.json.parent} for --json")
         if n > len(x):
-            raise ValueError(f"--n {n} of {len(x)} test images")
-        common = {"data": digest(x, y), "eps": args.eps, "seed": args.seed, "amp": args.amp}
-        kept = []
-        for path, (model, _) in zip(args.checkpoints, networks, strict=True):
-            head = list(model.children())[-1]
-            if y.max() >= head.out_features:
-                raise ValueError(f"{path} knows {head.out_features} classes, {args.data} has labels up to {y.max()}")
+            raise ValueError(f"--n {n} is more than the {len(x)} test images")
+        if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+            raise ValueError(f"--json {args.json} is a folder, or in a folder that does not exist")
+        common = {"data": digest(x, y), "eps": args.eps, "seed": args.seed, "amp": args.amp, "version": VERSION}
+        kept, _locks = [], []
+        for path, (model, _) in zip(map(Path, args.checkpoints), networks, strict=True):
+            classes = list(model.parameters())[-1].numel()
+            if y.max() >= classes:
+                raise ValueError(f"{path} knows {classes} classes, {args.data} has labels up to {y.max()}")
+            if is_lead():
+                _locks.append(lock(path.with_name(f".{path.name}.eval.lock")))
             settings = common | {"weights": digest(*model.state_dict().values())}
-            kept.append(open_verdicts(Path(f"{path}.eval.npz"), settings, len(x)))
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+            kept.append(open_verdicts(path.with_name(f"{path.name}.eval.npz"), settings, len(x)))
+    except (OSError, ValueError) as bad_input:
+        error = f"{parser.prog}: error: {bad_input}\n"
+    if error := any_error(error):
+        parser.exit(2, error if is_lead() else None)
 
     results, runs = [], {}
     if is_lead():
@@ -660,12 +679,13 @@ def main(argv=None):
             print_row(path, n, args.eps, cells)
             if reference := paper_row(metadata, args.attacks):
                 print_row(f"the paper's {metadata['method']}, {metadata['arch']}", 10000, 8 / 255, reference)
-            found = doubts(model, x[:n], y[:n], verdicts)
+            found = doubts(model, x[:n], y[:n], figures)
             for doubt in found:
                 print(f"warning: {path}: {doubt}", file=sys.stderr)
-            about = {key: value for key, value in metadata.items() if key not in ("seed", "init", "log", "best")}
-            if "method" in about:
-                runs.setdefault(json.dumps(about), {})[metadata["seed"]] = figures
+            apart = {"seed", "init", "log", "best"} | ({"epoch"} if "selected_by" in metadata else set())
+            about = {key: value for key, value in metadata.items() if key not in apart}
+            if {"method", "arch", "seed"} <= metadata.keys():
+                runs.setdefault(json.dumps(about, default=str), {})[metadata["seed"]] = figures
             about |= common | {"checkpoint": path, "train_seed": metadata.get("seed"), "n": n}
             results.append(about | {"attacks": figures, "warnings": found})
         for about, seeds in runs.items():
@@ -675,9 +695,9 @@ def main(argv=None):
                 about = json.loads(about)
                 print_row(f"{about['method']}, {about['arch']}, mean ± std of {len(seeds)} seeds", n, args.eps, cells)
         if args.json and is_lead():
-            write(args.json, json.dumps(results, indent=2).encode() + b"\n")
+            write(args.json, json.dumps(results, indent=2, default=str).encode() + b"\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\nstopped: the same command goes on from the last batch\n")
+        parser.exit(130, "\nstopped: the same command goes on from there\n")
     except OSError as error:
         parser.exit(1, f"{parser.prog}: cannot write ({error}); the verdicts of before are whole\n")
     finally:

@@ -188,6 +188,6 @@ def load(path, name=None):
     if not isinstance(name, str):
         raise ValueError(f"{path} does not name its architecture: give it, such as --arch wrn-34-10")
     heads = [v for k, v in state.items() if str(k).removeprefix("module.") in ("linear.bias", "fc.bias")]
-    net = build(name, len(heads[0]) if heads else 10)
+    net = build(name, heads[0].numel() if heads and isinstance(heads[0], torch.Tensor) else 10)
     load_weights(net, state, path)
     return net.eval(), metadata

@@ -1,11 +1,11 @@
 """python -m pytest -q    margins first, on vectors small enough to check by hand; then everything built on them."""
 
 import inspect
+import json
 import math
 import os
 import shutil
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +17,6 @@ import clirat
 import eval_attacks
 import models
 from clirat import at_loss, cl_pm, instance_weights, mart_loss, pgd, pm, trades_loss
-
-CIFAR = Path(__file__).parent / "../shared/data/cifar10_subset.npz"
-
 
 # ---- Margins -------------------------------------------------------------------------------------------------------
 
@@ -113,7 +110,7 @@ def test_gairat_is_eq_6():
 
 
 def test_losses_against_loops():
-    nat, adv, labels = random_logits(6, 5), random_logits(6, 5) + random_logits(5, 6).T.mean(), torch.arange(6) % 5
+    nat, adv, labels = random_logits(6, 5), random_logits(6, 5), torch.arange(6) % 5
     adv, weights = adv.flip(1), torch.arange(1.0, 7.0).double()
     at, trades, mart = 0.0, 0.0, 0.0
     for z, z_adv, y, w in zip(nat.numpy(), adv.numpy(), labels.tolist(), weights.tolist(), strict=True):
@@ -163,7 +160,7 @@ def small_network(k=10, channels=3):
 @pytest.mark.parametrize("training", [True, False])
 def test_pgd_invariants(loss, init, training):
     net = small_network().train(training)
-    net[1].eval()  # a mode of its own, as in fine-tuning
+    net[1].train(training and init != "none")  # now and then with a mode of its own, as in fine-tuning
     x, y = torch.rand(16, 3, 8, 8).round(decimals=1), torch.arange(16) % 10  # with images at exactly 0 and 1
     net(x).sum().backward()
     tensors = [*net.state_dict().values(), *(p.grad for p in net.parameters())]
@@ -173,7 +170,7 @@ def test_pgd_invariants(loss, init, training):
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
     assert not x_adv.requires_grad
-    assert [m.training for m in net] == [training, False, training, training, training]
+    assert [m.training for m in net] == [training, training and init != "none", training, training, training]
     assert all(p.requires_grad for p in net.parameters())
     assert all(map(torch.equal, before, tensors))
     net.eval()
@@ -229,6 +226,21 @@ def test_train_step(method, epoch):
     assert sums[4:7].sum().item() == pytest.approx(8, rel=1e-5)
     assert all(p.grad.abs().sum() > 0 for i, p in enumerate(net.parameters()) if i != 1)  # 1: a bias before BatchNorm
     assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True) if p.ndim > 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "epoch", "loss", "tau"),
+    [("clirat", 120, "ce", None), ("clir-trades", 1, "kl", None), ("clir-mart", 1, "ce", None)]
+    + [("fat", epoch, "ce", tau) for epoch, tau in ((50, 0), (51, 1), (90, 1), (91, 2))],
+)
+def test_inner_attack(method, epoch, loss, tau, monkeypatch):
+    calls = []
+    monkeypatch.setattr(clirat, "pgd", lambda *args, **kwargs: calls.append(kwargs) or pgd(*args, **kwargs))
+    _, args = clirat.parse_args(["--method", method])
+    net, x = small_network().train(), torch.rand(4, 3, 8, 8)
+    clirat.train_step(args, epoch, net, net, torch.optim.SGD(net.parameters(), 0.1), x, torch.arange(4), x)
+    assert (calls[0]["loss"], calls[0]["tau"], calls[0]["steps"]) == (loss, tau, 10)
+    assert (calls[0]["eps"], calls[0]["step_size"]) == (8 / 255, 2 / 255)
 
 
 def test_exclude():
@@ -314,7 +326,7 @@ def test_nonfinite_loss_stops(data, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run(data, "--out", tmp_path / "run")
     assert stop.value.code == 1
-    assert "epoch 1, batch 1: the loss is nan" in capsys.readouterr().err
+    assert "epoch 1, batch 1: the loss is not finite" in capsys.readouterr().err
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
@@ -395,9 +407,10 @@ def test_attack_invariants(name, n, eps):
     assert (net(alone).argmax(1) != y[-1:]) == wrong[-1:]
 
 
+@pytest.mark.filterwarnings("ignore:3 classes are too few")
 def test_evaluate_keeps_and_reuses_verdicts():
     x, y = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8), torch.arange(20) % 3
-    net = small_network(k=3)
+    net = small_network(k=3).eval()
     asked = eval_attacks.evaluate(net, x, y, ["pgd20", "pgd100", "apgd"], eps=0.01)
     assert asked.keys() == {"nat", "pgd20", "pgd100", "apgd"}
     alone = eval_attacks.evaluate(net, x, y, ["pgd20"], eps=0.01, batch_size=7)
@@ -406,19 +419,14 @@ def test_evaluate_keeps_and_reuses_verdicts():
     assert (first["apgd"][8:] == -1).all()
     more = eval_attacks.evaluate(net, x, y, ["apgd"], eps=0.01, verdicts=first)
     assert torch.equal(more["apgd"], asked["apgd"])
+    x_adv = eval_attacks.autoattack(net, x.float() / 255, y, eps=0.01)  # the same attacks in one call
+    both = eval_attacks.evaluate(net, x, y, ["aa"], eps=0.01)
+    assert torch.equal(net(x_adv).argmax(1) == y, eval_attacks.survivors(both, eval_attacks.chain("aa"), 20))
     known = {"nat": torch.ones(20, dtype=torch.int8)}  # all known to be wrong: nothing is left to attack
     with pytest.warns(UserWarning, match="3 classes are too few"):
         eval_attacks.evaluate(net, x, y, ["aa"], eps=0.01, verdicts=known)
     assert (known["square"] == -1).all()
     assert "apgd-t" not in known
-
-
-@pytest.mark.skipif(not CIFAR.exists(), reason="needs the CIFAR-10 subset")
-def test_real_images():
-    x_train, y_train, x_test, y_test = clirat.load_data(str(CIFAR))
-    assert (x_train.shape, x_test.shape, x_train.dtype) == ((10000, 3, 32, 32), (2000, 3, 32, 32), torch.uint8)
-    assert y_train.bincount().tolist() == [1000] * 10
-    assert y_test.bincount().tolist() == [200] * 10
 
 
 # ---- Bad input -----------------------------------------------------------------------------------------------------
@@ -558,7 +566,7 @@ def desk(data, straight, tmp_path_factory):
 )
 def test_bad_input(main, words, message, desk, capsys, monkeypatch):
     monkeypatch.chdir(desk)
-    before = {path: path.stat().st_mtime_ns for path in desk.rglob("*") if path.name != ".lock" and path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in desk.rglob("*") if path.is_file() and ".lock" not in path.name}
     words = words.split()
     defaults = [] if "--data" in words else ["--data", "small.npz"]
     if main is clirat.main:
@@ -572,6 +580,43 @@ def test_bad_input(main, words, message, desk, capsys, monkeypatch):
     assert message in err
     assert "Traceback" not in err
     assert len(err.splitlines()) == 1 or err.startswith("usage:")
-    after = {path: path.stat().st_mtime_ns for path in desk.rglob("*") if path.name != ".lock" and path.is_file()}
+    after = {path: path.stat().st_mtime_ns for path in desk.rglob("*") if path.is_file() and ".lock" not in path.name}
     assert before == after
     assert not (desk / "hacked").exists()
+
+
+# ---- Command lines -------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_files(data, straight, tmp_path, capsys):
+    for seed in (1, 2):
+        checkpoint = torch.load(straight / "last.pt", weights_only=True)
+        checkpoint["args"]["seed"] = seed
+        torch.save(checkpoint, tmp_path / f"s{seed}.pt")
+    paths = [str(tmp_path / "s1.pt"), str(tmp_path / "s2.pt")]
+    options = ["--data", str(data), "--attacks", "nat", "pgd20", "--json", str(tmp_path / "figures.json")]
+    for n, eps in ((10, "1/255"), (10, "8/255"), (30, "1/255")):
+        eval_attacks.main([*paths, *options, "--n", str(n), "--eps", eps])
+    rows = capsys.readouterr().out.strip().splitlines()[-5:]
+    assert rows[0] == "| checkpoint | n | eps | NAT | PGD20 |"
+    assert rows[2].split("|")[2:] == rows[3].split("|")[2:]
+    assert "mean ± std of 2 seeds | 30 | 1/255" in rows[4]
+    assert "± 0.00" in rows[4]
+    figures = json.loads((tmp_path / "figures.json").read_text())[0]["attacks"]
+    net, _ = models.load(paths[0])
+    x, y = clirat.load_data(str(data))[2:]
+    expected = eval_attacks.evaluate(net, x, y, ["nat", "pgd20"], eps=1 / 255)
+    assert [figures[name]["robust"] for name in expected] == [(v == 0).sum() for v in expected.values()]
+    kept = np.load(paths[0] + ".eval.npz")
+    assert sorted(len(kept[name]) for name in kept.files if "pgd20" in name) == [30, 30]
+    assert sorted((kept[name] >= 0).sum() for name in kept.files if "pgd20" in name) == [10, 30]
+
+
+def test_bench_writes_nothing(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(data, "--bench", "2")
+    figures = json.loads(capsys.readouterr().out)
+    flop = figures["gflop_per_s"] * 1e9 * figures["ms_per_step"] / 1e3
+    assert flop == pytest.approx((2 * 2 + 3) * 20 * 2 * 792_000, rel=0.2)  # wrn-10-1 on 8 x 8: 0.79 M multiply-adds
+    assert figures["full_run_hours"] == pytest.approx(figures["ms_per_step"] * 3 * 3 / 3.6e6, abs=0.01)
+    assert not list(tmp_path.iterdir())
