@@ -10,8 +10,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import clirat
 import eval_attacks
@@ -393,7 +395,7 @@ def test_attack_invariants(name, n, eps):
     net(x).sum().backward()
     tensors = [*net.state_dict().values(), *(p.grad for p in net.parameters())]
     before = [t.clone() for t in tensors]
-    x_adv = ATTACKS[name](net, x, y, eps=eps, batch_size=5)
+    x_adv = ATTACKS[name](net, x, y, eps=eps, batch_size=40)
     assert (x_adv - x).abs().max() <= eps + 1e-6
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
@@ -620,3 +622,35 @@ def test_bench_writes_nothing(data, tmp_path, capsys, monkeypatch):
     assert flop == pytest.approx((2 * 2 + 3) * 20 * 2 * 792_000, rel=0.2)  # wrn-10-1 on 8 x 8: 0.79 M multiply-adds
     assert figures["full_run_hours"] == pytest.approx(figures["ms_per_step"] * 3 * 3 / 3.6e6, abs=0.01)
     assert not list(tmp_path.iterdir())
+
+
+# ---- Several processes ---------------------------------------------------------------------------------------------
+
+
+def train_three_steps(rank, world, folder):
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    for method in ("clirat", "clir-trades", "mail-mart"):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)
+        )  # BatchNorm would see half
+        model = DistributedDataParallel(net) if world > 1 else net
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+        _, args = clirat.parse_args(["--method", method, "--burn-in", "1", "--steps", "3"])
+        x, y = torch.randint(256, (24, 3, 8, 8), dtype=torch.uint8), torch.arange(24) % 5
+        for images, labels, start in clirat.mini_batches(x, y, 8):
+            clirat.train_step(args, 2, net, model, optimizer, images, labels, start)
+        if rank == 0:
+            torch.save(net.state_dict(), f"{folder}/{method}-{world}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    train_three_steps(0, 1, tmp_path)
+    torch.multiprocessing.spawn(train_three_steps, (2, tmp_path), nprocs=2)
+    for method in ("clirat", "clir-trades", "mail-mart"):
+        one, two = (torch.load(tmp_path / f"{method}-{world}.pt", weights_only=True) for world in (1, 2))
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], atol=1e-6, rtol=0)
