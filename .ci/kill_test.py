@@ -20,12 +20,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = sys.argv[1] if len(sys.argv) > 1 else "toy"
-OPTIONS = "--arch wrn-10-1 --train-size 256 --batch-size 64 --epochs 12 --steps 2 --eval-size 64"
+OPTIONS = "--arch wrn-10-1 --train-size 256 --batch-size 64 --epochs 30 --steps 2 --eval-size 64"
 
 
-def start(out, *options, **kwargs):
+def start(out, *options, file_limit=resource.RLIM_INFINITY):
+    def prepare():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background is started with SIGINT ignored
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
     command = [sys.executable, str(ROOT / "clirat.py"), "--data", DATA, *OPTIONS.split(), "--out", str(out), *options]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **kwargs)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, preexec_fn=prepare, **pipes)
 
 
 def start_evaluation(checkpoint, batch_size):
@@ -73,13 +78,16 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         straight, killed = Path(folder, "straight"), Path(folder, "killed")
         begun = time.monotonic()
-        finish(start(straight))
-        seconds = time.monotonic() - begun
+        process = start(straight)
+        wait_for((straight / "args.json").exists, process)
+        loaded = time.monotonic() - begun
+        finish(process)
+        epoch = (time.monotonic() - begun - loaded) / 30
 
         for kill in range(20):
             process = resume(killed)
             if kill % 2:
-                time.sleep(rng.uniform(0, seconds))
+                time.sleep(rng.uniform(0.8 * loaded, loaded + 3 * epoch))
             else:
                 if rng.random() < 0.7:  # let an epoch end first, so that the run gets on
                     logged = epochs(killed)
@@ -113,8 +121,7 @@ def main():
         print("a second process on one run folder: refused")
 
         before = (out / "last.pt").read_bytes()
-        small_files = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))}
-        err = finish(start(out, "--resume", **small_files), 1)
+        err = finish(start(out, "--resume", file_limit=100_000), 1)
         assert "cannot write" in err, err
         assert "Traceback" not in err, err
         assert (out / "last.pt").read_bytes() == before
