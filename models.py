@@ -33,8 +33,8 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = F.relu_(self.bn1(self.conv1(x)))
+        return F.relu_(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
 class ResNet18(nn.Module):
@@ -51,7 +51,7 @@ class ResNet18(nn.Module):
         self.linear = nn.Linear(512, num_classes)
 
     def forward(self, x):  # (N, 3, H, W) in [0, 1] -> (N, K)
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu_(self.bn1(self.conv1(x)))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.linear(out.mean((2, 3)))
 
@@ -70,9 +70,9 @@ class WideBlock(nn.Module):
             self.convShortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
     def forward(self, x):
-        out = F.relu(self.bn1(x))
+        out = F.relu_(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(out))))
+        return shortcut + self.conv2(F.relu_(self.bn2(self.conv1(out))))
 
 
 class WideStage(nn.Module):
@@ -106,7 +106,7 @@ class WideResNet(nn.Module):
 
     def forward(self, x):  # (N, 3, H, W) in [0, 1] -> (N, K)
         out = self.block3(self.block2(self.block1(self.conv1(x))))
-        return self.fc(F.relu(self.bn1(out)).mean((2, 3)))
+        return self.fc(F.relu_(self.bn1(out)).mean((2, 3)))
 
 
 def build(name, num_classes=10):
