@@ -19,6 +19,9 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from test_clpm import same  # noqa: E402
+
 DATA = sys.argv[1] if len(sys.argv) > 1 else "toy"
 OPTIONS = "--arch wrn-10-1 --train-size 256 --batch-size 64 --epochs 30 --steps 2 --eval-size 64"
 
@@ -47,14 +50,6 @@ def finish(process, status=0):
     err = process.communicate(timeout=600)[1]
     assert process.returncode == status, (process.returncode, err)
     return err
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("seconds", "images_per_s"))
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def rows(path):
