@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 
 import models
 
@@ -403,6 +402,8 @@ def train(args, data, net, fast, model, optimizer, state):
 
 def bench(args, data, net, fast, model, optimizer):
     """Time `--bench` training steps after the burn-in and print one JSON line; writes nothing."""
+    from torch.utils.flop_counter import FlopCounterMode  # 76 MB that nothing else needs
+
     x_train, y_train, *_ = data
     net.train()
     batches = itertools.chain.from_iterable(mini_batches(x_train, y_train, args.batch_size) for _ in itertools.count())
