@@ -255,8 +255,22 @@ def test_exclude():
         assert weights[dropped].tolist() == [0] * len(dropped)
         expected = instance_weights(cl_pm(probs, y)[kept], 10, -0.5) * 4 / len(kept)
         torch.testing.assert_close(weights[kept], expected)
-        everyone = torch.full_like(num_cl, dropped[0])
+        everyone = torch.full_like(num_cl, len(dropped))  # one or two confused labels each
         assert clirat.batch_weights(args, probs, y, None, everyone).tolist() == [0] * 4
+
+
+def test_a_step_without_examples_is_skipped():
+    net = small_network(k=2)
+    net[4].bias.data = torch.tensor([10.0, 0.0])  # all examples of class 1 have one confused label
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    _, args = clirat.parse_args(["--exclude", "single"])
+    before = [p.clone() for p in net.parameters()]
+    x, y = torch.rand(4, 3, 8, 8), torch.ones(4, dtype=torch.int64)
+    sums = clirat.train_step(args, 76, net, net, optimizer, x, y, x)
+    assert sums[1:7].tolist() == [0, 4, 0, 0, 0, 0]
+    assert all(map(torch.equal, before, net.parameters()))
+    clirat.train_step(args, 75, net, net, optimizer, x, y, x)  # but not during the burn-in
+    assert not torch.equal(before[0], net[0].weight)
 
 
 def test_augment_crops_and_flips():
@@ -318,8 +332,10 @@ def test_run_resume_and_init(data, straight, tmp_path, monkeypatch):
     run(data, "--out", tmp_path / "resumed", "--resume")
     run(data, "--out", tmp_path / "burn", "--method", "at")  # and so does one that starts from another method's burn-in
     run(data, "--out", tmp_path / "init", "--init", tmp_path / "burn" / "burnin.pt")
-    for name in ("resumed", "init"):
-        ours, theirs = (torch.load(out / "last.pt", weights_only=True) for out in (straight, tmp_path / name))
+    run(data, "--out", tmp_path / "init-at", "--init", tmp_path / "burn" / "burnin.pt", "--method", "at")
+    for one, other in (("straight", "resumed"), ("straight", "init"), ("burn", "init-at")):
+        folders = (straight if name == "straight" else tmp_path / name for name in (one, other))
+        ours, theirs = (torch.load(folder / "last.pt", weights_only=True) for folder in folders)
         assert all(same(ours[k], theirs[k]) for k in ("model", "optimizer", "log", "epoch"))
 
 
@@ -407,6 +423,35 @@ def test_attack_invariants(name, n, eps):
         assert torch.equal(x_adv[~wrong], x[~wrong])
     alone = ATTACKS[name](net, x[-1:], y[-1:], eps=eps, index=torch.tensor([n - 1]))  # as in the batch
     assert (net(alone).argmax(1) != y[-1:]) == wrong[-1:]
+
+
+def test_attacks_under_random_settings():
+    rng = np.random.default_rng(0)
+    attacks = {
+        "pgd": lambda *a, steps, **k: pgd(*a, steps=steps, step_size=rng.uniform(0, 0.5), eps=k["eps"], init="uniform"),
+        "fgsm": lambda *a, steps, **k: eval_attacks.fgsm(*a, **k),
+        "apgd": eval_attacks.apgd,
+        "apgd-t": partial(eval_attacks.apgd, loss="targeted"),
+        "fab-t": eval_attacks.fab_t,
+        "square": lambda *a, steps, **k: eval_attacks.square(*a, queries=steps, **k),
+    }
+    for setting in range(200):
+        dtype = [torch.float32, torch.float64][setting % 2]
+        net = small_network(k=int(rng.integers(4, 12))).to(dtype).train(bool(rng.integers(2)))
+        for p in net.parameters():
+            p.data *= 10 ** rng.uniform(-2, 2)  # from flat to saturated
+        n, eps = int(rng.integers(1, 6)), float(rng.choice([0, 1, rng.uniform(0, 1), rng.uniform(0, 0.1)]))
+        x, y = (1.5 * torch.rand(n, 3, 8, 8, dtype=dtype) - 0.25).clamp(0, 1), torch.randint(4, (n,))
+        before, training = [t.clone() for t in net.state_dict().values()], net.training
+        name = list(attacks)[setting % len(attacks)]
+        x_adv = attacks[name](net, x, y, eps=eps, steps=int(rng.integers(1, 12)))
+        assert x_adv.isfinite().all(), (setting, name)
+        assert (x_adv - x).abs().max() <= eps + 1e-6, (setting, name)
+        assert x_adv.min() >= 0
+        assert x_adv.max() <= 1
+        assert net.training == training
+        assert all(map(torch.equal, before, net.state_dict().values()))
+        assert all(p.grad is None and p.requires_grad for p in net.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:3 classes are too few")
