@@ -10,11 +10,12 @@ order nor the other images change a verdict.
 
 import argparse
 import copy
+import csv
 import hashlib
 import io
 import json
 import math
-import statistics
+import re
 import sys
 import time
 import warnings
@@ -558,6 +559,56 @@ def paper_row(metadata, attacks):
     return None
 
 
+def run_name(folder):
+    """Name of a run folder without a trailing -s<seed>: one for all seeds of the same settings."""
+    return re.sub(r"-s\d+$", "", folder.resolve().name)
+
+
+def paired_cell(ours, theirs):
+    """Difference in robust accuracy (points) of two methods' runs on the same images.
+
+    ours, theirs: (S, n) bool, survivors of the runs of S seeds. Returns the mean, its std over the seeds if there are
+    several, and the 95% interval over the images, as text.
+    """
+    difference = 100 * (ours.double() - theirs.double())
+    spread = f" ± {difference.mean(1).std():.2f}" if len(ours) > 1 else ""
+    mean, half = difference.mean(), 1.96 * difference.mean(0).std(correction=0) / difference.shape[1] ** 0.5
+    return f"{mean:+.2f}{spread} [{mean - half:+.1f}, {mean + half:+.1f}]"
+
+
+def draw_curves(runs, out):
+    """Draw the log.csv of run folders: NAT and PGD-20 (Figs. 3, 5), misclassified training examples (Fig. 1A).
+
+    Folders that differ in a trailing -s<seed> alone share a colour. ValueError without matplotlib, or on a bad log.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--curves needs matplotlib: pip install matplotlib") from None
+    panels = {"nat": "NAT (%)", "pgd20": "PGD-20 (%)"}
+    panels |= {"single_cl": "training examples with one confused label (%)", "multi_cl": "... with several (%)"}
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    axes, colours = list(figure.subplots(2, 2).flat), {}
+    for run in runs:
+        name = run_name(run)
+        first, colour = name not in colours, colours.setdefault(name, f"C{len(colours)}")
+        with open(run / "log.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        try:
+            for axis, column in zip(axes, panels, strict=True):
+                points = [(int(row["epoch"]), 100 * float(row[column])) for row in rows if row[column]]
+                axis.plot(*zip(*points, strict=True), color=colour, label=name if first else None)
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{run / 'log.csv'} is no log of clirat.py") from None
+    for axis, title in zip(axes, panels.values(), strict=True):
+        axis.set(xlabel="epoch", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format=out.suffix[1:] or "png", dpi=110)
+    write(out, picture.getbuffer())
+
+
 # ---- Command line --------------------------------------------------------------------------------------------------
 
 
@@ -566,7 +617,7 @@ def parse_args(argv):
         prog="eval_attacks.py", description="Robust accuracy of checkpoints, a row each of the paper's Tables 1 and 2."
     )
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT", help="of clirat.py or of the TRADES/MART/MAIL family")
+    add("checkpoints", nargs="*", metavar="CKPT", help="of clirat.py or of the TRADES/MART/MAIL family")
     add("--attacks", nargs="+", choices=ATTACKS, default=PAPER_COLUMNS, help="columns (default: the paper's six)")
     add("--arch", type=str, help="for a checkpoint that does not name its own: resnet18 or wrn-D-K")
     add(
@@ -583,7 +634,12 @@ def parse_args(argv):
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=str, default=default_device, help="such as cpu or cuda:1 (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the figures there as well")
-    return parser, parser.parse_args(argv)
+    add("--curves", nargs="+", type=Path, metavar="RUN", help="draw the log.csv of run folders, and evaluate nothing")
+    add("--out", type=Path, metavar="FILE.png", help="where to draw --curves")
+    args = parser.parse_args(argv)
+    if bool(args.checkpoints) == bool(args.curves) or bool(args.curves) != bool(args.out):
+        parser.error("give either checkpoints to evaluate, or --curves RUN [RUN ...] --out FILE.png")
+    return parser, args
 
 
 VERSION = 1  # of the attacks: verdicts of another version are not reused
@@ -637,6 +693,11 @@ def main(argv=None):
     parser, args = parse_args(argv)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # verdicts are float32
     error = None
+    if args.curves:
+        try:
+            return draw_curves(args.curves, args.out)
+        except (OSError, ValueError) as bad_input:
+            parser.exit(2, f"{parser.prog}: error: {bad_input}\n")
     try:
         args.device = join_processes(args.device)
         device = open_device(args.device)
@@ -685,15 +746,23 @@ def main(argv=None):
             apart = {"seed", "init", "log", "best"} | ({"epoch"} if "selected_by" in metadata else set())
             about = {key: value for key, value in metadata.items() if key not in apart}
             if {"method", "arch", "seed"} <= metadata.keys():
-                runs.setdefault(json.dumps(about, default=str), {})[metadata["seed"]] = figures
+                robust = [survivors(verdicts, chain(name), n) for name in args.attacks]
+                name, seeds = runs.setdefault(json.dumps(about, default=str), (run_name(Path(path).parent), {}))
+                seeds[metadata["seed"]] = torch.stack(robust)  # (A, n)
             about |= common | {"checkpoint": path, "train_seed": metadata.get("seed"), "n": n}
             results.append(about | {"attacks": figures, "warnings": found})
-        for about, seeds in runs.items():
+        groups = list(runs.values())
+        for name, seeds in groups:
             if len(seeds) > 1:
-                columns = [[figures[name]["accuracy"] for figures in seeds.values()] for name in args.attacks]
-                cells = [f"{statistics.mean(column):.2f} ± {statistics.stdev(column):.2f}" for column in columns]
-                about = json.loads(about)
-                print_row(f"{about['method']}, {about['arch']}, mean ± std of {len(seeds)} seeds", n, args.eps, cells)
+                columns = 100 * torch.stack(list(seeds.values()), 1).double().mean(2)  # (A, S)
+                cells = [f"{column.mean():.2f} ± {column.std():.2f}" for column in columns]
+                print_row(f"{name}, mean ± std of {len(seeds)} seeds", n, args.eps, cells)
+        for name, seeds in groups[1:]:
+            first, base = groups[0]
+            if both := seeds.keys() & base.keys():
+                ours, theirs = (torch.stack([group[seed] for seed in both], 1) for group in (seeds, base))  # (A, S, n)
+                cells = [paired_cell(*pair) for pair in zip(ours, theirs, strict=True)]
+                print_row(f"{name} minus {first}, paired, seeds: {len(both)}", n, args.eps, cells)
         if args.json and is_lead():
             write(args.json, json.dumps(results, indent=2, default=str).encode() + b"\n")
     except KeyboardInterrupt:

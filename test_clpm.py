@@ -5,6 +5,8 @@ import json
 import math
 import os
 import shutil
+import statistics
+import sys
 from functools import partial
 
 import numpy as np
@@ -591,6 +593,8 @@ EVAL = [
     ("weights.pt --device cuda:99", "cuda:99"),
     ("weights.pt --json nowhere/figures.json", "nowhere"),
     ("damaged.pt", "damaged.pt.eval.npz"),
+    ("weights.pt --curves run --out curves.png", "either"),
+    ("weights.pt --out curves.png", "either"),
 ]
 
 
@@ -657,6 +661,51 @@ def test_evaluation_files(data, straight, tmp_path, capsys):
     kept = np.load(paths[0] + ".eval.npz")
     assert sorted(len(kept[name]) for name in kept.files if "pgd20" in name) == [30, 30]
     assert sorted((kept[name] >= 0).sum() for name in kept.files if "pgd20" in name) == [10, 30]
+
+
+def test_paired_difference_by_hand(data, straight, tmp_path, capsys):
+    ours, theirs = torch.rand(3, 50) < 0.6, torch.rand(3, 50) < 0.4
+    points = [
+        [100 * (a - b) for a, b in zip(*rows, strict=True)] for rows in zip(ours.tolist(), theirs.tolist(), strict=True)
+    ]
+    by_seed, by_image = (
+        [statistics.mean(row) for row in points],
+        [statistics.mean(c) for c in zip(*points, strict=True)],
+    )
+    mean, half = statistics.mean(by_seed), 1.96 * statistics.pstdev(by_image) / 50**0.5
+    expected = f"{mean:+.2f} ± {statistics.stdev(by_seed):.2f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+    assert eval_attacks.paired_cell(ours, theirs) == expected
+
+    checkpoint = torch.load(straight / "last.pt", weights_only=True)
+    for method in ("mail-at", "clirat"):
+        folder = tmp_path / f"{method}-s1"
+        folder.mkdir()
+        checkpoint["args"]["method"] = method
+        torch.save(checkpoint, folder / "last.pt")
+    paths = [str(tmp_path / f"{method}-s1" / "last.pt") for method in ("mail-at", "clirat")]
+    eval_attacks.main([*paths, "--data", str(data), "--attacks", "nat"])
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row == "| clirat minus mail-at, paired, seeds: 1 | 30 | 8/255 | +0.00 [+0.0, +0.0] |"
+
+
+def test_curves(straight, tmp_path, monkeypatch, capsys):
+    words = ["--curves", str(straight), str(straight), "--out", str(tmp_path / "curves.png")]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(SystemExit, match="2"):
+            eval_attacks.main(words)
+    assert capsys.readouterr().err == "eval_attacks.py: error: --curves needs matplotlib: pip install matplotlib\n"
+    pytest.importorskip("matplotlib")
+    eval_attacks.main(words)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "log.csv").write_text("epoch,nat\n1,x\n")
+    for run, message in ((tmp_path, "no log of clirat.py"), (tmp_path / "nowhere", "nowhere")):
+        with pytest.raises(SystemExit, match="2"):
+            eval_attacks.main(["--curves", str(run), "--out", str(tmp_path / "other.png")])
+        err = capsys.readouterr().err
+        assert message in err
+        assert len(err.splitlines()) == 1
+    assert not (tmp_path / "other.png").exists()
 
 
 def test_bench_writes_nothing(data, tmp_path, capsys, monkeypatch):
