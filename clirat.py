@@ -271,7 +271,7 @@ def train_step(args, epoch, net, model, optimizer, x, y, start):
     net: the network, attacked. model: the same for the training forward, in DistributedDataParallel under torchrun.
     x, start: (n, C, H, W), images and PGD's start points. y: (n,). Returns sums over the examples, (8,): loss; examples
     with no, one and several confused labels; the weights of these three groups; squared weights.
-    FloatingPointError on a non-finite loss, before it reaches the network.
+    FloatingPointError on a non-finite loss, before it reaches the parameters.
     """
     method = METHODS[args.method]
     autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp)
@@ -301,7 +301,7 @@ def train_step(args, epoch, net, model, optimizer, x, y, start):
         loss = mart_loss(logits_nat, logits_adv, y, args.trade_off, weights)
     if not gather(loss.detach()[None]).isfinite().all():  # on every process, so that all stop
         raise FloatingPointError("the loss is not finite")
-    if not args.exclude or gather(weights).any():  # with every example dropped there is nothing to learn from
+    if method.loss != "at" or not args.exclude or gather(weights).any():  # without examples AT has nothing to learn
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()  # l.15
@@ -344,16 +344,14 @@ def mini_batches(x, y, batch_size):
         yield images, shard(y[batch]), images + 0.001 * shard(noise)  # README: start off x, where TRADES' KL is flat
 
 
-SMALL_RUN = "python clirat.py --data toy --arch wrn-10-1 --epochs 12"
-
-
 def report_progress(args, device, done, steps, step_seconds):
     """Progress and time left on a terminal; on a CPU, one early word about a run that will take more than a day."""
     left = datetime.timedelta(seconds=round(step_seconds * (steps - done)))
     if sys.stderr.isatty():
         print(f"\rstep {done}/{steps}, {left} left \r", end="", file=sys.stderr, flush=True)
     if done == 3 and device.type == "cpu" and left > datetime.timedelta(days=1):
-        print(f"This run will take about {left} on this CPU. A CPU-sized one: {SMALL_RUN}", file=sys.stderr, flush=True)
+        small = "python clirat.py --data toy --arch wrn-10-1 --epochs 12"
+        print(f"This run will take about {left} on this CPU. A CPU-sized one: {small}", file=sys.stderr, flush=True)
 
 
 def train(args, data, net, fast, model, optimizer, state):
@@ -634,9 +632,12 @@ def restore(path, args, net, optimizer):
     """
     checkpoint = models.read(path)
     try:
-        arch, epoch = checkpoint["args"]["arch"], checkpoint["epoch"]
+        arch, method, epoch = checkpoint["args"]["arch"], checkpoint["args"]["method"], checkpoint["epoch"]
         if arch != args.arch:
             raise ValueError(f"{path} holds a {arch}, not a {args.arch}: give the same --arch")
+        pair = {method, args.method}  # FAT's attack differs from the first epoch on
+        if len({METHODS[name].loss for name in pair}) > 1 or (len(pair) > 1 and "fat" in pair):
+            raise ValueError(f"{path} is from {method}, whose burn-in is not that of {args.method}")
         if epoch > args.epochs:
             raise ValueError(f"{path} is from epoch {epoch}, later than --epochs {args.epochs}")
         models.load_weights(net, checkpoint["model"], path)
@@ -731,7 +732,7 @@ def join_processes(device):
 
     ValueError if there are fewer GPUs than processes.
     """
-    if "RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ:
         if device == "cuda" and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
             raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs here")
         patience = datetime.timedelta(days=1)  # a rank can be done with an attack long before another
@@ -807,14 +808,14 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.backends.cudnn.benchmark = True
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
-    error = state = None
+    error = None
     try:
         args.device = join_processes(args.device)
         data, net, optimizer, state, _lock = setup(args)
     except (OSError, ValueError) as bad_input:
         error = f"{parser.prog}: error: {bad_input}\n"
     except KeyboardInterrupt:
-        parser.exit(130, "stopped before the first epoch\n")
+        parser.exit(130, "stopped before training\n")
     if error := any_error(error):
         parser.exit(2, error if is_lead() else None)
 
@@ -823,6 +824,7 @@ def main(argv=None):
     fast = torch.compile(net) if args.compile else net  # the same parameters and mode
     model = DistributedDataParallel(fast, broadcast_buffers=False) if dist.is_initialized() else fast
     status, message = 0, None
+    lead = is_lead()
     try:
         if args.bench:
             bench(args, data, net, fast, model, optimizer)
@@ -837,7 +839,7 @@ def main(argv=None):
     if dist.is_initialized():
         dist.destroy_process_group()
     if status:
-        parser.exit(status, message)
+        parser.exit(status, message if lead else None)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,10 @@ def attack_pairs(attack, x, ranks, batch_size):
     x_adv, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
     def record(point, wrong, images):
-        x_adv[point[wrong]], fooled[point[wrong]] = images[wrong], True
+        pair = torch.arange(len(point), device=x.device).where(wrong, len(point))
+        first = pair.new_full((len(x),), len(point)).scatter_reduce(0, point, pair, "amin")  # (N,): one image a point
+        hit = first < len(point)
+        x_adv[hit], fooled[hit] = images[first[hit]], True
         return ~fooled[point]  # a point's other targets stop with it
 
     points = torch.arange(len(x), device=x.device)
@@ -437,7 +440,7 @@ def evaluate(model, x, y, attacks, *, n=None, eps, seed=0, batch_size=128, amp=F
 
     Returns {name: (N,) int8}: 1 misclassified, 0 not, -1 not asked. For AutoAttack these are its stages, each asked
     only of images that are still robust. verdicts: such a dict of an earlier call with the same settings, filled up in
-    place. save(): called after every batch. Under torchrun the images are shared out among the processes.
+    place. save(): called after every batch; under torchrun, where the processes share the images, after every attack.
     """
     n = len(x) if n is None else n
     verdicts = {} if verdicts is None else verdicts
@@ -504,7 +507,7 @@ def doubts(model, x, y, figures):
         found.append(f"the gradient is zero at {share:.0%} of the images: white-box attacks are blind there")
     accuracy = {name: figure["accuracy"] for name, figure in figures.items()}
     if "aa" in figures and (gap := accuracy.get("pgd20", 0) - accuracy["aa"]) > 3:
-        found.append(f"AutoAttack is {gap:.1f} points under PGD-20: gradients are masked, PGD is no guide here")
+        found.append(f"AutoAttack is {gap:.1f} points under PGD-20: it overstates robustness, gradients may be masked")
     if "aa" in figures and (gap := accuracy["fab-t"] - accuracy["square"]) > 0.2:
         found.append(f"Square takes {gap:.1f} points more than the white-box attacks: gradients are masked")
     return found
@@ -559,9 +562,9 @@ def paper_row(metadata, attacks):
     return None
 
 
-def run_name(folder):
-    """Name of a run folder without a trailing -s<seed>: one for all seeds of the same settings."""
-    return re.sub(r"-s\d+$", "", folder.resolve().name)
+def run_name(checkpoint):
+    """Folder and file of a checkpoint, without a trailing -s<seed> of the folder: one name for all seeds of a run."""
+    return f"{re.sub(r'-s[0-9]+$', '', checkpoint.resolve().parent.name)}/{checkpoint.name}"
 
 
 def paired_cell(ours, theirs):
@@ -590,7 +593,7 @@ def draw_curves(runs, out):
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes, colours = list(figure.subplots(2, 2).flat), {}
     for run in runs:
-        name = run_name(run)
+        name = run_name(run / "log.csv").removesuffix("/log.csv")
         first, colour = name not in colours, colours.setdefault(name, f"C{len(colours)}")
         with open(run / "log.csv", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -603,7 +606,7 @@ def draw_curves(runs, out):
     for axis, title in zip(axes, panels.values(), strict=True):
         axis.set(xlabel="epoch", title=title)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[2].legend()
     picture = io.BytesIO()
     figure.savefig(picture, format=out.suffix[1:] or "png", dpi=110)
     write(out, picture.getbuffer())
@@ -642,7 +645,7 @@ def parse_args(argv):
     return parser, args
 
 
-VERSION = 1  # of the attacks: verdicts of another version are not reused
+VERSION = 2  # of the attacks: verdicts of another version are not reused
 
 
 def digest(*tensors):
@@ -701,6 +704,7 @@ def main(argv=None):
     try:
         args.device = join_processes(args.device)
         device = open_device(args.device)
+        args.checkpoints = list(dict.fromkeys(args.checkpoints))
         networks = [models.load(path, args.arch) for path in args.checkpoints]
         x, y = (t.to(device) for t in load_data_once(args.data)[2:])
         n = args.n or len(x)
@@ -743,13 +747,16 @@ def main(argv=None):
             found = doubts(model, x[:n], y[:n], figures)
             for doubt in found:
                 print(f"warning: {path}: {doubt}", file=sys.stderr)
-            apart = {"seed", "init", "log", "best"} | ({"epoch"} if "selected_by" in metadata else set())
+            apart = {"seed", "init", "log", "best", "eval_every", "eval_size"} | (
+                {"epoch"} if "selected_by" in metadata else set()
+            )
             about = {key: value for key, value in metadata.items() if key not in apart}
             if {"method", "arch", "seed"} <= metadata.keys():
                 robust = [survivors(verdicts, chain(name), n) for name in args.attacks]
-                name, seeds = runs.setdefault(json.dumps(about, default=str), (run_name(Path(path).parent), {}))
+                name, seeds = runs.setdefault(json.dumps(about, default=str), (run_name(Path(path)), {}))
                 seeds[metadata["seed"]] = torch.stack(robust)  # (A, n)
-            about |= common | {"checkpoint": path, "train_seed": metadata.get("seed"), "n": n}
+            training = {key: value for key, value in metadata.items() if key != "log"}
+            about = {"checkpoint": path, "n": n, **common, "training": training}
             results.append(about | {"attacks": figures, "warnings": found})
         groups = list(runs.values())
         for name, seeds in groups:

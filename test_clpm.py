@@ -386,6 +386,14 @@ def test_projection_against_a_search():
         torch.testing.assert_close(d, expected, atol=1e-12, rtol=0)
 
 
+def test_a_point_keeps_one_image_of_its_first_target():
+    def everything_succeeds(point, rank, record):
+        assert not record(point, rank >= 0, eval_attacks.widen(rank + 1.0).expand(-1, 3, 8, 8)).any()
+
+    x_adv = eval_attacks.attack_pairs(everything_succeeds, torch.zeros(24, 3, 8, 8), 9, 128)
+    assert (x_adv == 1).all()
+
+
 def test_linear_network_has_a_known_radius():
     torch.manual_seed(0)
     net, x = linear_network(torch.randn(10, 27).double()), 0.5 + 0.05 * torch.randn(60, 3, 3, 3).double()  # in mid-box
@@ -566,6 +574,8 @@ TRAIN = [
     ("--init nowhere.pt", "nowhere.pt"),
     ("--init weights.pt", "no training checkpoint"),
     ("--init code.pt", "not loaded"),
+    ("--init run/burnin.pt --method trades", "burn-in"),
+    ("--init run/burnin.pt --method fat", "burn-in"),
     ("--init run/burnin.pt --arch resnet18", "--arch"),
     ("--init run/last.pt --epochs 2", "--epochs 2"),
     ("--out run", "--resume"),
@@ -685,7 +695,7 @@ def test_paired_difference_by_hand(data, straight, tmp_path, capsys):
     paths = [str(tmp_path / f"{method}-s1" / "last.pt") for method in ("mail-at", "clirat")]
     eval_attacks.main([*paths, "--data", str(data), "--attacks", "nat"])
     row = capsys.readouterr().out.splitlines()[-1]
-    assert row == "| clirat minus mail-at, paired, seeds: 1 | 30 | 8/255 | +0.00 [+0.0, +0.0] |"
+    assert row == "| clirat/last.pt minus mail-at/last.pt, paired, seeds: 1 | 30 | 8/255 | +0.00 [+0.0, +0.0] |"
 
 
 def test_curves(straight, tmp_path, monkeypatch, capsys):
