@@ -1,8 +1,10 @@
-"""CLIRAT: Confused-Label Instance-Reweighted Adversarial Training (Qiu et al. 2023) in one file.
+"""CLIRAT: Confused-Label Instance-Reweighted Adversarial Training in one file.
 
     python clirat.py --arch resnet18 --gamma 10 --beta -0.5
 
-Equations and Algorithm 1 are the paper's; where it is silent, the README's table says what is done here and why.
+Equations and Algorithm 1 are those of "Instance Reweighting Adversarial Training Based on Confused Label" (Qiu, Wang,
+Ma, Hou, Li & Li, Intelligent Automation & Soft Computing 37(2), 2023, doi:10.32604/iasc.2023.038241); where the paper
+is silent, the README's table says what is done here and why.
 Throughout: N images in a batch, K classes, images (N, C, H, W) in [0, 1], logits and probabilities (N, K), labels (N,).
 """
 
@@ -27,7 +29,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.fx.experimental.optimization import fuse
 from torch.nn.parallel import DistributedDataParallel
 
 import models
@@ -74,7 +75,8 @@ def instance_weights(margins, gamma, beta, norm="batch"):
     """Weights of a batch from its margins (Eq. 6, Algorithm 1 l.9 and l.14); they carry no gradient.
 
     margins: (N,) of `pm`, `cl_pm` or another measure that falls with vulnerability. gamma >= 0: slope. beta: bias.
-    norm: "batch" scales the weights to mean 1; "mail" multiplies them by 3 instead, as MAIL's released code does.
+    norm: "batch" scales the weights to mean 1 (l.14 prints M, the number of batches, but needs the batch size);
+    "mail" multiplies them by 3 instead, as MAIL's released code does.
     Returns (N,), non-negative and finite for any gamma. ValueError on another norm.
     """
     scores = (gamma * (beta - margins.detach())).nan_to_num()  # finite where a huge gamma overflows
@@ -103,7 +105,10 @@ def at_loss(logits_adv, labels, weights=None):
 
 
 def trades_loss(logits_nat, logits_adv, labels, trade_off, weights=None):
-    """TRADES (Eq. 3), its robust term weighted: mean CE(f(x), y) + trade_off * mean w KL(p(x) || p(x_adv)); scalar."""
+    """TRADES (Eq. 3), its robust term weighted: mean CE(f(x), y) + trade_off * mean w KL(p(x) || p(x_adv)); a scalar.
+
+    trade_off: Eq. 3's beta, which is not the beta of Eq. 6.
+    """
     return F.cross_entropy(logits_nat, labels) + trade_off * weighted_mean(kl(logits_nat, logits_adv), weights)
 
 
@@ -122,7 +127,7 @@ def mart_loss(logits_nat, logits_adv, labels, trade_off, weights=None):
 
 class Method(NamedTuple):
     loss: str  # at, trades or mart
-    margin: str | None = None  # pm (Eq. 5), cl-pm (Eq. 7), lps (GAIRAT) or None: all weights 1
+    margin: str | None = None  # pm (Eq. 5), cl-pm (Eq. 7), lps (GAIRAT's least PGD steps) or None: all weights 1
     gamma: float | None = None
     beta: float | None = None
     trade_off: float | None = None
@@ -162,23 +167,17 @@ def frozen(model):
             parameter.requires_grad_(flag)
 
 
-def folded(model):
-    """A copy of the model to attack, with BatchNorm folded into the convolutions: equal up to rounding, and faster."""
-    with frozen(model):
-        return fuse(model)
-
-
 def pgd(model, x, y, *, eps, step_size, steps, loss="ce", init="normal", tau=None, autocast=None, return_kappa=False):
-    """Projected gradient ascent in the L-infinity ball (Eq. 2; Algorithm 1 l.5-8).
+    """Projected gradient ascent in the L-infinity ball (Eq. 2; Algorithm 1 l.5-8, whose l.7 prints theta for x).
 
     x: (N, C, H, W) in [0, 1]. y: (N,). eps, step_size: in units of x. steps >= 0.
     loss: "ce" cross-entropy, "kl" KL(p(x) || p(x_adv)), "cw" max_{k != y} z_k - z_y.
-    init: "normal" x + 0.001 N(0, I), "uniform" in the ball, "none" x itself, or the start point as a tensor like x.
+    init: "normal" x + 0.001 N(0, I), "uniform" in the ball, "none" x itself (l.5 as printed), or a tensor like x.
     tau: an example stops once more than tau of its iterates, the start included, were misclassified (FAT); None: never.
     autocast: a context for the model's forward passes; everything else stays in the dtype of x.
 
-    Returns x_adv like x, inside the ball and [0, 1]; with return_kappa also kappa (N,), at how many of the `steps`
-    iterates before the last the example was classified correctly (GAIRAT). Runs in eval mode and restores the mode it
+    Returns x_adv like x, inside the ball and [0, 1]; with return_kappa also kappa (N,), at how many of the iterates
+    0..steps-1 (0: the start) the example was classified correctly (GAIRAT). Runs in eval mode and restores the mode it
     found; gradients and BatchNorm statistics stay untouched. ValueError on an unknown loss or init.
     """
     if loss not in ("ce", "kl", "cw"):
@@ -258,24 +257,21 @@ def shard(t):
 
 def batch_weights(args, probs, y, kappa, num_cl):
     """Algorithm 1 l.9 and l.14 over the global batch; examples dropped by `--exclude` get weight 0. Returns (n,)."""
-    method = METHODS[args.method]
-    margins, options = torch.zeros_like(probs[:, 0]), (0, 0)  # an unweighted method, here for --exclude alone
-    if method.margin:
-        margins = kappa / args.steps if method.margin == "lps" else {"pm": pm, "cl-pm": cl_pm}[method.margin](probs, y)
-        options = args.gamma, args.beta, args.weight_norm
+    margin = METHODS[args.method].margin
+    margins = kappa / args.steps if margin == "lps" else pm(probs, y) if margin == "pm" else cl_pm(probs, y)
     margins, num_cl = gather(margins), gather(num_cl)  # (N,) each
-    if args.exclude is None:
-        return shard(instance_weights(margins, *options))
-    keep = num_cl != 1 if args.exclude == "single" else num_cl < 2
+    keep = {None: num_cl >= 0, "single": num_cl != 1, "multi": num_cl < 2}[args.exclude]
     weights = torch.zeros_like(margins)
-    weights[keep] = len(keep) / keep.sum() * instance_weights(margins[keep], *options)
+    weights[keep] = len(keep) / keep.sum()  # mean 1
+    if margin:
+        weights[keep] *= instance_weights(margins[keep], args.gamma, args.beta, args.weight_norm)
     return shard(weights)
 
 
 def train_step(args, epoch, net, model, optimizer, x, y, start):
     """Algorithm 1 l.4-15 on one mini-batch, or on this process's part of it.
 
-    net: the network, attacked. model: the same for the training forward, in DistributedDataParallel under torchrun.
+    net: the network, to attack. model: the same for the training forward, in DistributedDataParallel under torchrun.
     x, start: (n, C, H, W), images and PGD's start points. y: (n,). Returns sums over the examples, (8,): loss; examples
     with no, one and several confused labels; the weights of these three groups; squared weights.
     FloatingPointError on a non-finite loss, before it reaches the parameters.
@@ -285,9 +281,9 @@ def train_step(args, epoch, net, model, optimizer, x, y, start):
     tau = sum(epoch > e for e in scaled(args.epochs, 50, 90)) if args.method == "fat" else None
     inner_loss = "kl" if method.loss == "trades" else "ce"
 
-    target = net if args.compile or x.is_cuda else folded(net)  # on a GPU this would cost more than it saves
+    attacked = net if args.compile or x.is_cuda else models.folded(net)  # saves a CPU a tenth of the attack
     x_adv, kappa = pgd(  # Alg. 1 l.4-8
-        target, x, y, eps=args.eps, step_size=args.step_size, steps=args.steps, loss=inner_loss, init=start, tau=tau,
+        attacked, x, y, eps=args.eps, step_size=args.step_size, steps=args.steps, loss=inner_loss, init=start, tau=tau,
         autocast=autocast, return_kappa=True,
     )  # fmt: skip
     with autocast:
@@ -324,10 +320,10 @@ def evaluate(net, x, y, *, eps, batch_size):
 
     PGD-20 as in MAIL's evaluation: uniform start, step 0.003, verdict on the last iterate.
     """
-    correct, target = torch.zeros(2, device=x.device), folded(net)
+    correct, attacked = torch.zeros(2, device=x.device), models.folded(net)
     for images, labels in zip(shard(x).split(batch_size), shard(y).split(batch_size), strict=True):
         images = to_input(images)
-        x_adv = pgd(target, images, labels, eps=eps, step_size=0.003, steps=20, init="uniform")
+        x_adv = pgd(attacked, images, labels, eps=eps, step_size=0.003, steps=20, init="uniform")
         with frozen(net), torch.no_grad():
             correct += torch.stack([(net(inputs).argmax(1) == labels).sum() for inputs in (images, x_adv)])
     if dist.is_initialized():
@@ -339,12 +335,12 @@ def mini_batches(x, y, batch_size):
     """Shuffled, augmented (images, labels, PGD start points) of one epoch; under torchrun, this process's part of each.
 
     Everything random is drawn for the global batch from a state that all processes share, so that their number does not
-    change the training data.
+    change the training data. A last batch of one image a process is dropped: BatchNorm cannot train on it.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     for batch in torch.randperm(len(x), device=x.device).split(batch_size):
         batch = batch[: len(batch) // world * world]  # equal parts: the last batch can lose a few
-        if not len(batch):
+        if len(batch) < 2 * world:
             return
         images = augment(x[batch])
         noise = torch.randn(images.shape, device=x.device)
@@ -414,7 +410,8 @@ def bench(args, data, net, fast, model, optimizer):
     net.train()
     batches = itertools.chain.from_iterable(mini_batches(x_train, y_train, args.batch_size) for _ in itertools.count())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(to_input(x_train[: args.batch_size]))
+        net(to_input(x_train[:2]))
+    flop = counter.get_total_flops() / 2 * args.batch_size  # of a forward pass
     loss = METHODS[args.method].loss  # a backward costs as much as a forward for x and as much again for the weights
     forwards = 2 * args.steps + {"at": 3, "trades": 7, "mart": 6}[loss]
     for _ in range(2):  # warm-up, compilation
@@ -439,7 +436,7 @@ def bench(args, data, net, fast, model, optimizer):
         "ms_per_step": round(1000 * step, 1),
         "images_per_s": round(args.batch_size / step, 1),
         "peak_mem_mb": round(peak),
-        "gflop_per_s": round(counter.get_total_flops() * forwards / step / 1e9, 1),
+        "gflop_per_s": round(flop * forwards / step / 1e9, 1),
         "full_run_hours": round(step * math.ceil(len(x_train) / args.batch_size) * args.epochs / 3600, 2),
     }
     if is_lead():
@@ -558,8 +555,8 @@ def log_row(epoch, lr, sums, seconds):
 
     ess is the effective sample size of the weights, (sum w)^2 / sum w^2, over the number of examples.
     """
-    loss, *groups, squares = sums
-    counts, weights = groups[:3], groups[3:]
+    loss, *six, squares = sums
+    counts, weights = six[:3], six[3:]
     n, total = sum(counts), sum(weights)
     shares = [w / total for w in weights] if total else [0.0] * 3
     values = [epoch, lr, loss / n, *(c / n for c in counts), *shares, total**2 / (n * squares) if squares else 0.0]
@@ -608,6 +605,8 @@ def lock(path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another process is at work in {path.parent}") from None
+    except OSError:  # a file system without locks
+        pass
     return file
 
 
@@ -619,7 +618,7 @@ def claim(out, wanted, resume):
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out / ".lock")
     if not resume:
-        if kept.exists():
+        if kept.exists() or any(out.glob("*.pt")):
             raise ValueError(f"{out} already holds a run: add --resume to continue it, or choose another --out")
         write(kept, json.dumps(wanted, indent=2).encode() + b"\n")
         return held
@@ -627,10 +626,14 @@ def claim(out, wanted, resume):
         before = dict(json.loads(kept.read_text()))
     except (TypeError, ValueError):
         raise ValueError(f"{kept} is damaged") from None
-    changed = [f"{k} was {before.get(k)}, not {v}" for k, v in wanted.items() if before.get(k) != v]
-    if changed:
-        raise ValueError(f"{out} was started with other settings: {'; '.join(changed)}")
+    if changed := differences(before, wanted, ["init"]):
+        raise ValueError(f"{out} was started with other settings: {changed}")
     return held
+
+
+def differences(before, now, but):
+    """What of two runs' settings differs, other than the names in `but`, as text."""
+    return "; ".join(f"{k} was {before.get(k)}, not {v}" for k, v in now.items() if before.get(k) != v and k not in but)
 
 
 def restore(path, args, net, optimizer):
@@ -689,14 +692,14 @@ def parse_args(argv):
     add("--arch", "resnet18 or wrn-D-K, such as wrn-32-10", "resnet18", type=str)
     add("--gamma", "slope of the weights, Eq. 6 (default: the method's)", type=number(float, 0))
     add("--beta", "bias of the weights, Eq. 6 (default: the method's)", type=number(float, -math.inf))
-    add("--trade-off", "lambda of TRADES and MART, Eqs. 3 and 4 (default: the method's)", type=number(float, 0))
+    add("--trade-off", "TRADES' beta in Eq. 3, MART's lambda in Eq. 4 (default: the method's)", type=number(float, 0))
     add("--data", "folder for CIFAR-10, downloaded on first use; or FILE.npz; or toy", "data", type=str)
     add("--train-size", "train on the first N images (default: all)", type=number(int, 1), metavar="N")
     add("--epochs", "length of the run; the schedule scales with it", 120, type=number(int, 1))
     add("--burn-in", "last epoch with all weights 1 (default: epochs * 75/120)", type=number(int, 0), metavar="EPOCH")
     add("--lr-milestones", "last epochs before lr / 10 (default: epochs * 75/120 and 90/120)",
         type=number(int, 0), nargs="*", metavar="EPOCH")  # fmt: skip
-    add("--batch-size", "over all processes", 128, type=number(int, 1))
+    add("--batch-size", "over all processes", 128, type=number(int, 2))
     add("--lr", "learning rate (default: 0.01 for resnet18, 0.1 for wrn)", type=number(float, 0, above=True))
     add("--weight-decay", "(default: 3.5e-3 for resnet18, 7e-4 for wrn)", type=number(float, 0))
     add("--eps", "L-infinity radius", "8/255", type=number(float, 0, 1))
@@ -717,6 +720,7 @@ def parse_args(argv):
     add("--eval-size", "... on the first N test images", 1000, type=number(int, 1), metavar="N")
     add("--bench", "time N training steps after the burn-in, print one JSON line, write nothing",
         type=number(int, 1), metavar="N")  # fmt: skip
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, without the usage
     args = parser.parse_args(argv)
 
     row = METHODS[args.method]
@@ -741,11 +745,11 @@ def join_processes(device):
     ValueError if there are fewer GPUs than processes.
     """
     if "LOCAL_RANK" in os.environ:
-        if device == "cuda" and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        if device.startswith("cuda") and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
             raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs here")
         patience = datetime.timedelta(days=1)  # a rank can be done with an attack long before another
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=patience)
-        if device == "cuda":
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=patience)
+        if device.startswith("cuda"):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
     return device
@@ -782,6 +786,8 @@ def any_error(error):
 def setup(args):
     """Data, network, optimiser, state and lock of the run. ValueError or OSError before anything is overwritten."""
     device = open_device(args.device)
+    with torch.device("meta"):
+        models.build(args.arch)  # a wrong name is known before the data are loaded
     world = dist.get_world_size() if dist.is_initialized() else 1
 
     x_train, y_train, x_test, y_test = load_data_once(args.data)
@@ -791,8 +797,8 @@ def setup(args):
     x_train, y_train = x_train[: args.train_size], y_train[: args.train_size]
     if args.batch_size > len(x_train):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(x_train)} training images")
-    if args.batch_size % world:
-        raise ValueError(f"--batch-size {args.batch_size} is no multiple of the {world} processes")
+    if args.batch_size % world or args.batch_size < 2 * world:
+        raise ValueError(f"--batch-size {args.batch_size} is not two or more images for each of {world} processes")
     data = [t.to(device) for t in (x_train, y_train, x_test, y_test)]
 
     torch.manual_seed(1 if args.seed is None else args.seed)
@@ -801,8 +807,16 @@ def setup(args):
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     state = {"epoch": 0, "best": -1.0, "log": [], "args": {"seed": 1}}
-    if args.init:
+    last = Path(args.out or "", "last.pt")
+    if args.resume and args.out and last.exists():
+        state = restore(last, args, net, optimizer)  # knows its seed, and no longer needs --init
+    elif args.init:
         state = restore(args.init, args, net, optimizer) | {"best": -1.0}
+        if state["epoch"] == args.epochs:
+            raise ValueError(f"{args.init} is from epoch {args.epochs}, the last: nothing is left to train")
+        own = ["method", "gamma", "beta", "exclude", "weight_norm", "seed", "init", "eval_every", "eval_size"]
+        if (changed := differences(state["args"], settings(args), own)) and is_lead():
+            print(f"note: {args.init} was trained with other settings: {changed}", file=sys.stderr)
     args.seed = state["args"]["seed"] if args.seed is None else args.seed
     args.out = args.out or f"runs/{args.method}-{args.arch}-s{args.seed}"
     lock = None if args.bench or not is_lead() else claim(Path(args.out), settings(args), args.resume)
@@ -813,7 +827,7 @@ def setup(args):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA, where convolutions have it by default
     torch.backends.cudnn.benchmark = True
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     error = None
@@ -827,7 +841,7 @@ def main(argv=None):
     if error := any_error(error):
         parser.exit(2, error if is_lead() else None)
 
-    if args.amp and args.device == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+    if args.amp and args.device == "cpu" and is_lead() and "AVX512" not in torch.backends.cpu.get_cpu_capability():
         print("note: this CPU has no fast bfloat16, --amp will be very slow on it", file=sys.stderr)
     fast = torch.compile(net) if args.compile else net  # the same parameters and mode
     model = DistributedDataParallel(fast, broadcast_buffers=False) if dist.is_initialized() else fast
@@ -843,8 +857,8 @@ def main(argv=None):
     except FloatingPointError as error:
         status, message = 1, f"{parser.prog}: stopped at {error}; last.pt is from epoch {state['epoch']}\n"
     except OSError as error:
-        status, message = 1, f"{parser.prog}: cannot write to {args.out} ({error}); last.pt there is whole\n"
-    if dist.is_initialized():
+        status, message = 1, f"{parser.prog}: cannot write to {args.out} ({error}); what is there is whole\n"
+    if dist.is_initialized() and not status:
         dist.destroy_process_group()
     if status:
         parser.exit(status, message if lead else None)

@@ -4,6 +4,8 @@ Every network maps images in [0, 1], (N, 3, H, W), to logits, (N, K). Checkpoint
 ours load there.
 """
 
+import copy
+import itertools
 import re
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,6 +13,7 @@ from pickle import UnpicklingError
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 
 def conv3x3(in_channels, out_channels, stride=1):
@@ -124,6 +127,20 @@ def build(name, num_classes=10):
             f"unknown architecture {name!r}: use resnet18 or wrn-D-K with D = 6n+4 or 6n+2, such as wrn-32-10"
         )
     return WideResNet((depth - 2) // 6, widen, num_classes)
+
+
+def folded(net):
+    """A copy of a network to attack: in eval mode, BatchNorm folded into the convolution registered just before it.
+
+    The same function up to rounding for the networks of this file; elsewhere the order of registration can deceive.
+    """
+    net = copy.deepcopy(net).eval().requires_grad_(False)
+    for module in list(net.modules()):
+        for (name, conv), (bn_name, bn) in itertools.pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(conv, bn))
+                setattr(module, bn_name, nn.Identity())
+    return net
 
 
 def read(path):

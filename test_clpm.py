@@ -183,7 +183,7 @@ def test_pgd_invariants(loss, init, training):
         objective = {
             "ce": lambda z: F.cross_entropy(z, y),
             "kl": lambda z: clirat.kl(net(x), z).mean(),
-            "cw": lambda z: -eval_attacks.margin(z, y).mean(),
+            "cw": lambda z: -eval_attacks.logit_margin(z, y).mean(),
         }[loss]
         assert objective(net(x_adv)) > objective(net(corner))
 

@@ -4,9 +4,11 @@
 
 The plain loop is that of the released base code: contiguous float32, parameters that require gradients during the
 attack, and for TRADES a natural branch that is computed anew in every PGD step. One JSON line a method: medians in
-milliseconds, ratios of the medians, and what share of this machine's matrix-product rate the steps reach.
+milliseconds, their ratios, what share of this machine's matrix-product rate the steps reach, and how much of a step is
+spent outside the network's passes: a step with a trivial network, and the folding of BatchNorm.
 """
 
+import copy
 import json
 import statistics
 import sys
@@ -56,49 +58,44 @@ def our_step(args, net, optimizer, x, y):
     clirat.train_step(args, args.burn_in + 1, net, net, optimizer, *batch)
 
 
-def matmul_rate(dtype, size=2048):
-    a = torch.randn(size, size).to(dtype)
-    begun = time.perf_counter()
-    for _ in range(4):
-        a @ a
-    return 4 * 2 * size**3 / (time.perf_counter() - begun)
-
-
 def main(arch, batch_size, rounds, *methods):
-    batch_size, rounds = int(batch_size), int(rounds)
+    batch_size = int(batch_size)
     x, y = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (batch_size,))
+    matrices = [torch.randn(2048, 2048).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    trivial = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 10))
     for method in methods or ["clirat"]:
-        steps = {}
-        for name in ("plain", "fp32", "amp"):
-            words = ["--method", method, "--arch", arch, *(["--amp"] if name == "amp" else [])]
-            _, args = clirat.parse_args(words)
-            net = models.build(arch).train()
+        work = {}
+        for name in ("plain", "fp32", "amp", "rest"):  # rest: with a network that costs nothing
+            _, args = clirat.parse_args(["--method", method, "--arch", arch, *(["--amp"] if name == "amp" else [])])
+            net = copy.deepcopy(trivial) if name == "rest" else models.build(arch)
             if name != "plain":
                 net = net.to(memory_format=torch.channels_last)
             optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-            step = plain_step if name == "plain" else our_step
-            steps[name] = partial(step, args, net, optimizer, x, y)
+            work[name] = partial(plain_step if name == "plain" else our_step, args, net, optimizer, x, y)
+        net = models.build(arch).to(memory_format=torch.channels_last)
+        work["folding"] = partial(models.folded, net)
+        work |= {
+            name: partial(torch.mm, a, a) for name, a in zip(("fp32 matmul", "bf16 matmul"), matrices, strict=True)
+        }
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net(clirat.to_input(x))
-        flop = counter.get_total_flops() * (2 * args.steps + (3 if clirat.METHODS[method].loss == "at" else 7))
+        passes = 2 * args.steps + (3 if clirat.METHODS[method].loss == "at" else 7)  # forwards' worth of operations
+        flop = {"step": counter.get_total_flops() * passes, "matmul": 2 * 2048**3}
 
-        times, rates = {name: [] for name in steps}, {torch.float32: [], torch.bfloat16: []}
-        for turn in range(-1, rounds):  # the first is for warming up
-            for name, step in steps.items():
+        seconds = {name: [] for name in work}
+        for _ in range(1 + int(rounds)):
+            for name, run in work.items():
                 begun = time.perf_counter()
-                step()
-                if turn >= 0:
-                    times[name].append(1000 * (time.perf_counter() - begun))
-            for dtype, rate in rates.items():
-                rate.append(matmul_rate(dtype))
-        ms = {name: statistics.median(t) for name, t in times.items()}
-        fp32, bf16 = (statistics.median(rate) for rate in rates.values())
-        figures = {"method": method, "arch": arch, "batch_size": batch_size, "rounds": rounds}
-        figures |= {f"{name}_ms": round(t, 1) for name, t in ms.items()}
-        figures |= {f"{name}_ratio": round(ms["plain"] / ms[name], 2) for name in ("fp32", "amp")}
-        figures |= {"matmul_fp32_gflop_per_s": round(fp32 / 1e9), "matmul_bf16_gflop_per_s": round(bf16 / 1e9)}
-        figures |= {"fp32_share": round(1000 * flop / ms["fp32"] / fp32, 2)}
-        figures |= {"amp_share": round(1000 * flop / ms["amp"] / bf16, 2)}
+                run()
+                seconds[name].append(time.perf_counter() - begun)
+        s = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first is for warming up
+        figures = {"method": method, "arch": arch, "batch_size": batch_size, "rounds": int(rounds)}
+        figures |= {f"{name}_ms": round(1000 * t, 1) for name, t in s.items()}
+        figures |= {f"{name}_ratio": round(s["plain"] / s[name], 2) for name in ("fp32", "amp")}
+        for name, precision in (("fp32", "fp32"), ("amp", "bf16")):
+            share = flop["step"] / s[name] / (flop["matmul"] / s[f"{precision} matmul"])
+            figures |= {f"{name}_of_matmul_rate": round(share, 2)}
+            figures |= {f"{name}_outside_network": round((s["rest"] + s["folding"]) / s[name], 3)}
         print(json.dumps(figures), flush=True)
 
 
