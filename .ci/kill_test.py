@@ -66,6 +66,7 @@ def wait_for(condition, process, seconds=120):
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None and not condition():
         time.sleep(0.0005)
+    return condition()
 
 
 def main():
@@ -101,7 +102,7 @@ def main():
         for number in (signal.SIGINT, signal.SIGTERM):
             out = Path(folder, number.name)
             process = start(out)
-            wait_for((out / "log.csv").exists, process)
+            assert wait_for((out / "log.csv").exists, process)
             process.send_signal(number)
             err = finish(process, 130)
             assert "--resume" in err, err
@@ -109,7 +110,7 @@ def main():
         print("SIGINT, SIGTERM: one line that says how to go on")
 
         logged, process = epochs(out), start(out, "--resume")
-        wait_for(lambda: epochs(out) > logged, process)
+        assert wait_for(lambda: epochs(out) > logged, process)
         assert "another process" in finish(start(out, "--resume"), 2)
         process.kill()
         process.communicate()
@@ -126,13 +127,14 @@ def main():
         straight.joinpath("copy.pt").write_bytes((straight / "last.pt").read_bytes())
         kept = straight / "copy.pt.eval.npz"
         process = start_evaluation(straight / "copy.pt", 4)
-        wait_for(lambda: kept.exists() and any("fab-t" in name for name in np.load(kept).files), process)
+        assert wait_for(lambda: kept.exists() and any("fab-t" in name for name in np.load(kept).files), process)
         process.kill()
         assert process.wait() == -signal.SIGKILL, "the evaluation was over before the kill"
         process.communicate()
         tables = [
             start_evaluation(straight / name, size).communicate() for name, size in (("copy.pt", 8), ("last.pt", 3))
         ]
+        assert not any("error" in err for _, err in tables), tables
         figures = [table.splitlines()[2].split("|")[2:] for table, _ in tables]
         assert figures[0] == figures[1], tables
         print("an evaluation killed in the middle of AutoAttack, at another batch size: the same row", figures[0])
