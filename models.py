@@ -129,10 +129,11 @@ def build(name, num_classes=10):
     return WideResNet((depth - 2) // 6, widen, num_classes)
 
 
-def folded(net):
+def folded(net, dtype=torch.float32):
     """A copy of a network to attack: in eval mode, BatchNorm folded into the convolution registered just before it.
 
     The same function up to rounding for the networks of this file; elsewhere the order of registration can deceive.
+    dtype: of the weights of convolutions and linear layers; bfloat16 for autocast, which then has nothing to cast.
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
     for module in list(net.modules()):
@@ -140,6 +141,9 @@ def folded(net):
             if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
                 setattr(module, name, fuse_conv_bn_eval(conv, bn))
                 setattr(module, bn_name, nn.Identity())
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(dtype)
     return net
 
 
