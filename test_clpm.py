@@ -526,6 +526,19 @@ def test_evaluate_keeps_and_reuses_verdicts():
     assert "apgd-t" not in known
 
 
+def test_what_fools_only_the_copy_is_attacked_again(monkeypatch):
+    x = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8)
+    net, copy = small_network().eval(), small_network().eval()
+    copy[4].weight.data += 0.02 * torch.randn_like(copy[4].weight)
+    y = net(x.float() / 255).argmax(1)
+    alone = eval_attacks.evaluate(net, x, y, ["apgd"], eps=0.01)["apgd"]
+    monkeypatch.setattr(eval_attacks, "accelerate", lambda model, x: copy)
+    by_copy = eval_attacks.evaluate(net, x, y, ["apgd"], eps=0.01)["apgd"]
+    fooled = (eval_attacks.apgd(copy, x.float() / 255, y, eps=0.01) != x.float() / 255).flatten(1).any(1)
+    assert (by_copy[fooled] >= alone[fooled]).all()
+    assert alone[fooled].any()
+
+
 @pytest.mark.parametrize(
     ("output", "figures", "message"),
     [
