@@ -480,11 +480,11 @@ def evaluate(model, x, y, attacks, *, n=None, eps, seed=0, batch_size=128, amp=F
             else:
                 x_adv = (ATTACKS | STAGES)[name](fast, images, labels, index=index, **options)
             judge(name, index, x_adv)
-            again = verdicts[name][index] == 0
-            again &= (x_adv != images).flatten(1).any(1).cpu() if name in STAGES else False
-            if again.any():  # fooled the copy, not the model: attack the model itself
-                options_again = options | {"index": index[again]}
-                judge(name, index[again], STAGES[name](model, images[again], labels[again], **options_again))
+            if name in STAGES:  # what fools the copy but not the model: attack the model itself
+                again = (verdicts[name][index] == 0) & (x_adv != images).flatten(1).any(1).cpu()
+                if again.any():
+                    x_adv = STAGES[name](model, images[again], labels[again], index=index[again], **options)
+                    judge(name, index[again], x_adv)
             done += len(index)
             if save and world == 1:
                 save()
