@@ -690,7 +690,7 @@ def parse_args(argv):
             text, kwargs["default"] = f"{text} (default: %(default)s)", default
         parser.add_argument(flag, help=text, **kwargs)
 
-    add("--method", "row of the README's table of methods", "clirat", choices=METHODS)
+    add("--method", "a name in the README's table of methods", "clirat", choices=METHODS)
     add("--arch", "resnet18 or wrn-D-K, such as wrn-32-10", "resnet18", type=str)
     add("--gamma", "slope of the weights, Eq. 6 (default: the method's)", type=number(float, 0))
     add("--beta", "bias of the weights, Eq. 6 (default: the method's)", type=number(float, -math.inf))
