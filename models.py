@@ -5,7 +5,6 @@ ours load there.
 """
 
 import copy
-import itertools
 import re
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,7 +12,6 @@ from pickle import UnpicklingError
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import fuse_conv_bn_eval
 
 
 def conv3x3(in_channels, out_channels, stride=1):
@@ -37,7 +35,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x):
         out = F.relu_(self.bn1(self.conv1(x)))
-        return F.relu_(self.bn2(self.conv2(out)) + self.shortcut(x))
+        return F.relu_(self.bn2(self.conv2(out)).add_(self.shortcut(x)))
 
 
 class ResNet18(nn.Module):
@@ -75,7 +73,7 @@ class WideBlock(nn.Module):
     def forward(self, x):
         out = F.relu_(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        return shortcut + self.conv2(F.relu_(self.bn2(self.conv1(out))))
+        return self.conv2(F.relu_(self.bn2(self.conv1(out)))).add_(shortcut)
 
 
 class WideStage(nn.Module):
@@ -129,22 +127,37 @@ def build(name, num_classes=10):
     return WideResNet((depth - 2) // 6, widen, num_classes)
 
 
+class Affine(nn.Module):
+    """BatchNorm in eval mode as shift + scale x: its backward is one product and keeps no x."""
+
+    def __init__(self, bn):
+        super().__init__()
+        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+        self.scale = nn.Parameter(scale[:, None, None], requires_grad=False)  # (C, 1, 1)
+        self.shift = nn.Parameter((bn.bias - bn.running_mean * scale)[:, None, None], requires_grad=False)
+
+    def forward(self, x):
+        return torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
+
+
 def folded(net, dtype=torch.float32):
     """A copy of a network to attack: in eval mode, BatchNorm folded into the convolution registered just before it.
 
-    The same function up to rounding for the networks of this file; elsewhere the order of registration can deceive.
-    dtype: of the weights of convolutions and linear layers; bfloat16 for autocast, which then has nothing to cast.
+    Elsewhere BatchNorm becomes `Affine`. The same function up to rounding for the networks of this file; in others the
+    order of registration can deceive. dtype: of the weights; bfloat16 for autocast, which then has nothing to cast.
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
     for module in list(net.modules()):
-        for (name, conv), (bn_name, bn) in itertools.pairwise(list(module.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
-                setattr(module, name, fuse_conv_bn_eval(conv, bn))
-                setattr(module, bn_name, nn.Identity())
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.to(dtype)
-    return net
+        previous = None
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                affine = Affine(child)
+                if isinstance(previous, nn.Conv2d) and previous.bias is None:
+                    previous.weight.mul_(affine.scale[:, None])
+                    previous.bias, affine = nn.Parameter(affine.shift.flatten(), requires_grad=False), nn.Identity()
+                setattr(module, name, affine)
+            previous = child
+    return net.to(dtype)
 
 
 def read(path):
