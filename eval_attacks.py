@@ -418,12 +418,11 @@ def accelerate(model, x):
 
     x: some images, to check that on: a model that folding would change is only copied.
     """
-    fast = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
-    with contextlib.suppress(Exception), torch.no_grad():  # folding may not fit a model of another family
-        faster = models.folded(fast)
-        if torch.allclose(faster(x), fast(x), rtol=1e-4, atol=1e-4):
-            return faster
-    return fast
+    with contextlib.suppress(Exception), frozen(model), torch.no_grad():  # folding may not fit another family's model
+        fast = models.folded(model).to(memory_format=torch.channels_last)
+        if torch.allclose(fast(x), model(x), rtol=1e-4, atol=1e-4):
+            return fast
+    return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
 
 
 def chain(name):
@@ -507,7 +506,7 @@ def evaluate(model, x, y, attacks, *, n=None, eps, seed=0, batch_size=128, amp=F
 def doubts(model, x, y, figures):
     """Sentences on what makes `summarise`'s figures doubtful; x: uint8 images (N, C, H, W) with labels y (N,)."""
     found = []
-    x, y = x[:128].float() / 255, y[:128]
+    x, y = x[:64].float() / 255, y[:64]
     with frozen(model):
         inputs = x.clone().requires_grad_()
         logits = model(inputs)
@@ -517,7 +516,7 @@ def doubts(model, x, y, figures):
         found.append("the model seems to return probabilities: the attacks want logits")
     if not torch.allclose(logits, again, rtol=1e-4, atol=1e-5):
         found.append("the model is random: two forwards of one batch differ, and these attacks do not average")
-    if (share := 1 - (grad.flatten(1).abs() > 0).any(1).float().mean().item()) > 0.01:  # NaN is not > 0 either
+    if (share := 1 - (grad.flatten(1).abs() > 0).any(1).float().mean().item()) > 0.02:  # NaN is not > 0 either
         found.append(f"the gradient is zero or NaN at {share:.0%} of the images: white-box attacks are blind there")
     accuracy = {name: figure["accuracy"] for name, figure in figures.items()}
     if "aa" in figures and (gap := max(accuracy.get(name, 0) for name in ("pgd20", "pgd100")) - accuracy["aa"]) > 3:
@@ -639,7 +638,7 @@ def parse_args(argv):
     add("--arch", type=str, help="for a checkpoint that does not name its own: resnet18 or wrn-D-K")
     add("--data", type=str, default="data", help="CIFAR-10 folder, FILE.npz or toy (default: %(default)s)")
     add("--n", type=number(int, 1), help="on the first N test images (default: all)")
-    add("--batch-size", type=number(int, 1), default=128, help="of the forward passes (default: %(default)s)")
+    add("--batch-size", type=number(int, 1), default=64, help="a GPU wants more (default: %(default)s)")
     add("--eps", type=number(float, 0, 1), default="8/255", help="L-infinity radius (default: %(default)s)")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of the attacks' noise (default: %(default)s)")
     add("--amp", action="store_true", help="attack in bfloat16; only float32 counts an image as fooled")
