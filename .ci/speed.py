@@ -3,13 +3,15 @@
     python .ci/speed.py ARCH BATCH_SIZE ROUNDS [METHOD ...]
 
 The plain loop is that of the released base code: contiguous float32, parameters that require gradients during the
-attack, and for TRADES a natural branch that is computed anew in every PGD step. One JSON line a method: medians in
-milliseconds, their ratios, what share of this machine's matrix-product rate the steps reach, and how much of a step is
-spent outside the network's passes: a step with a trivial network, and the folding of BatchNorm.
+attack, and for TRADES a natural branch that is computed anew in every PGD step. It has a process of its own, whose
+memory allocator is as Python starts it. One JSON line a method: medians in milliseconds, their ratios, what share of
+this machine's matrix-product rate the steps reach, and how much of a step is spent outside the network's passes: a step
+with a trivial network, and the folding of BatchNorm.
 """
 
-import copy
+import functools
 import json
+import multiprocessing
 import statistics
 import sys
 import time
@@ -58,36 +60,53 @@ def our_step(args, net, optimizer, x, y):
     clirat.train_step(args, args.burn_in + 1, net, net, optimizer, *batch)
 
 
-def main(arch, batch_size, rounds, *methods):
-    batch_size = int(batch_size)
+@functools.cache
+def prepare(name, method, arch, batch_size):
+    """A training step to call, "plain", "fp32", "amp" or "rest": with a network that costs nothing."""
+    _, args = clirat.parse_args(["--method", method, "--arch", arch, *(["--amp"] if name == "amp" else [])])
+    net = models.build(arch)
+    if name == "rest":
+        net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 10))
+    if name != "plain":
+        net = net.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     x, y = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (batch_size,))
+    return partial(plain_step if name == "plain" else our_step, args, net, optimizer, x, y)
+
+
+def time_of(run, *arguments):
+    begun = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - begun
+
+
+def time_step(*case):
+    return time_of(prepare(*case))
+
+
+def main(arch, batch_size, rounds, *methods):
+    batch_size, pool = int(batch_size), multiprocessing.get_context("spawn").Pool(1)
+    clirat.keep_freed_memory()
     matrices = [torch.randn(2048, 2048).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
-    trivial = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 10))
     for method in methods or ["clirat"]:
-        work = {}
-        for name in ("plain", "fp32", "amp", "rest"):  # rest: with a network that costs nothing
-            _, args = clirat.parse_args(["--method", method, "--arch", arch, *(["--amp"] if name == "amp" else [])])
-            net = copy.deepcopy(trivial) if name == "rest" else models.build(arch)
-            if name != "plain":
-                net = net.to(memory_format=torch.channels_last)
-            optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-            work[name] = partial(plain_step if name == "plain" else our_step, args, net, optimizer, x, y)
+        case = method, arch, batch_size
+        work = {"plain": partial(pool.apply, time_step, ("plain", *case))}
+        work |= {name: partial(time_step, name, *case) for name in ("fp32", "amp", "rest")}
         net = models.build(arch).to(memory_format=torch.channels_last)
-        work["folding"] = partial(models.folded, net)
+        work["folding"] = partial(time_of, models.folded, net)
         work |= {
-            name: partial(torch.mm, a, a) for name, a in zip(("fp32 matmul", "bf16 matmul"), matrices, strict=True)
+            name: partial(time_of, torch.mm, a, a)
+            for name, a in zip(("fp32 matmul", "bf16 matmul"), matrices, strict=True)
         }
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net(clirat.to_input(x))
-        passes = 2 * args.steps + (3 if clirat.METHODS[method].loss == "at" else 7)  # forwards' worth of operations
+            net(torch.rand(batch_size, 3, 32, 32))
+        passes = 20 + (3 if clirat.METHODS[method].loss == "at" else 7)  # PGD-10 and training, in forwards
         flop = {"step": counter.get_total_flops() * passes, "matmul": 2 * 2048**3}
 
         seconds = {name: [] for name in work}
         for _ in range(1 + int(rounds)):
             for name, run in work.items():
-                begun = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(run())
         s = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first is for warming up
         figures = {"method": method, "arch": arch, "batch_size": batch_size, "rounds": int(rounds)}
         figures |= {f"{name}_ms": round(1000 * t, 1) for name, t in s.items()}
