@@ -35,11 +35,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 
-try:
-    import fcntl
-except ImportError:  # Windows: run folders are not locked
-    fcntl = None
-
 # ---- Margins and weights -------------------------------------------------------------------------------------------
 
 
@@ -203,22 +198,20 @@ def pgd(model, x, y, *, eps, step_size, steps, loss="ce", init="normal", tau=Non
     with frozen(model), torch.enable_grad():
         if loss == "kl":  # the natural branch is constant: one forward, not one a step
             with torch.no_grad(), autocast:
-                logits_nat = model(x)
+                logits_nat = model(x).to(x.dtype)
         for t in range(steps):
             x_adv.requires_grad_()
             with autocast:
-                logits = model(x_adv)
-            logits = logits.to(x.dtype)
+                logits = model(x_adv).to(x.dtype)
             if loss == "ce":
                 objective = F.cross_entropy(logits, y, reduction="sum")
             elif loss == "kl":
-                objective = kl(logits_nat.to(x.dtype), logits).sum()
+                objective = kl(logits_nat, logits).sum()
             else:
-                z_y = logits.gather(1, y[:, None]).squeeze(1)
-                objective = (logits.scatter(1, y[:, None], -torch.inf).amax(1) - z_y).sum()
+                objective = -pm(logits, y).sum()  # Eq. 5 on logits
             (grad,) = torch.autograd.grad(objective, x_adv)
             kappa += logits.argmax(1) == y
-            direction = grad.sign_()
+            direction = grad.sign()  # not in place: a sum's gradient is one number, expanded
             if tau is not None:
                 direction *= (t + 1 - kappa <= tau).view(-1, *[1] * (x.ndim - 1))
             x_adv = x_adv.detach().add(direction, alpha=step_size).clamp_(lower, upper)
@@ -352,7 +345,7 @@ def mini_batches(x, y, batch_size):
         yield images, shard(y[batch]), images + 0.001 * shard(noise)  # README: start off x, where TRADES' KL is flat
 
 
-def report_progress(args, device, done, steps, step_seconds):
+def report_progress(device, done, steps, step_seconds):
     """Progress and time left on a terminal; on a CPU, one early word about a run that will take more than a day."""
     left = datetime.timedelta(seconds=round(step_seconds * (steps - done)))
     if sys.stderr.isatty():
@@ -383,7 +376,7 @@ def train(args, data, net, fast, model, optimizer, state):
                 raise FloatingPointError(f"epoch {epoch}, batch {batch}: {error}") from None
             done += 1
             if is_lead():
-                report_progress(args, x.device, done, steps, (time.perf_counter() - begun) / done)
+                report_progress(x.device, done, steps, (time.perf_counter() - begun) / done)
         if dist.is_initialized():
             dist.all_reduce(sums)
             for buffer in net.buffers():  # without SyncBatchNorm the statistics differ: all take those of rank 0
@@ -418,14 +411,12 @@ def bench(args, data, net, fast, model, optimizer):
     flop = counter.get_total_flops() / 2 * args.batch_size  # of a forward pass
     loss = METHODS[args.method].loss  # a backward costs as much as a forward for x and as much again for the weights
     forwards = 2 * args.steps + {"at": 3, "trades": 7, "mart": 6}[loss]
-    for _ in range(2):  # warm-up, compilation
-        train_step(args, args.burn_in + 1, fast, model, optimizer, *next(batches))
     seconds = []
-    for _ in range(args.bench):
+    for _ in range(2 + args.bench):  # two for warm-up and compilation
         begun = time.perf_counter()
         train_step(args, args.burn_in + 1, fast, model, optimizer, *next(batches)).tolist()  # waits for the device
         seconds.append(time.perf_counter() - begun)
-    step = statistics.median(seconds)
+    step = statistics.median(seconds[2:])
     processes = dist.get_world_size() if dist.is_initialized() else 1
     if x_train.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(x_train.device) / 2**20
@@ -559,8 +550,7 @@ def log_row(epoch, lr, sums, seconds):
 
     ess is the effective sample size of the weights, (sum w)^2 / sum w^2, over the number of examples.
     """
-    loss, *six, squares = sums
-    counts, weights = six[:3], six[3:]
+    loss, counts, weights, squares = sums[0], sums[1:4], sums[4:7], sums[7]
     n, total = sum(counts), sum(weights)
     shares = [w / total for w in weights] if total else [0.0] * 3
     values = [epoch, lr, loss / n, *(c / n for c in counts), *shares, total**2 / (n * squares) if squares else 0.0]
@@ -605,11 +595,12 @@ def lock(path):
     """Hold an exclusive lock while the returned file is referenced. ValueError if another process holds it."""
     file = open(path, "w")  # noqa: SIM115 - open as long as the process
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another process is at work in {path.parent}") from None
-    except OSError:  # a file system without locks
+    except (ImportError, OSError):  # Windows, or a file system without locks
         pass
     return file
 
@@ -630,7 +621,7 @@ def claim(out, wanted, resume):
         before = dict(json.loads(kept.read_text()))
     except (TypeError, ValueError):
         raise ValueError(f"{kept} is damaged") from None
-    if changed := differences(before, wanted, ["init"]):
+    if changed := differences(before, wanted, ["init"] if (out / "last.pt").exists() else []):
         raise ValueError(f"{out} was started with other settings: {changed}")
     return held
 
@@ -650,8 +641,9 @@ def restore(path, args, net, optimizer):
         arch, method, epoch = checkpoint["args"]["arch"], checkpoint["args"]["method"], checkpoint["epoch"]
         if arch != args.arch:
             raise ValueError(f"{path} holds a {arch}, not a {args.arch}: give the same --arch")
-        pair = {method, args.method}  # FAT's attack differs from the first epoch on
-        if len({METHODS[name].loss for name in pair}) > 1 or (len(pair) > 1 and "fat" in pair):
+        # FAT differs from the first epoch on
+        own = [name if name == "fat" else METHODS[name].loss for name in (method, args.method)]
+        if own[0] != own[1]:
             raise ValueError(f"{path} is from {method}, whose burn-in is not that of {args.method}")
         if epoch > args.epochs:
             raise ValueError(f"{path} is from epoch {epoch}, later than --epochs {args.epochs}")
@@ -727,19 +719,15 @@ def parse_args(argv):
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, without the usage
     args = parser.parse_args(argv)
 
-    row = METHODS[args.method]
-    for name in ("gamma", "beta", "trade_off"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(row, name))
-        elif getattr(row, name) is None:
-            parser.error(f"--{name.replace('_', '-')} does nothing with --method {args.method}")
     burn_in, second = scaled(args.epochs, 75, 90)
-    is_resnet = args.arch == "resnet18"
-    defaults = {"burn_in": burn_in, "lr_milestones": [burn_in, second], "lr": 0.01 if is_resnet else 0.1}
-    defaults["weight_decay"] = 3.5e-3 if is_resnet else 7e-4
+    lr, weight_decay = (0.01, 3.5e-3) if args.arch == "resnet18" else (0.1, 7e-4)
+    defaults = {"burn_in": burn_in, "lr_milestones": [burn_in, second], "lr": lr, "weight_decay": weight_decay}
+    defaults |= {name: getattr(METHODS[args.method], name) for name in ("gamma", "beta", "trade_off")}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+        elif value is None:
+            parser.error(f"--{name.replace('_', '-')} does nothing with --method {args.method}")
     return parser, args
 
 
@@ -774,9 +762,9 @@ def keep_freed_memory():
     """Tell glibc to keep what a pass frees for the next one, which else pays a page fault for every 4 kB of it."""
     with contextlib.suppress(AttributeError, OSError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(option, 2**30)
-        atexit.register(libc.malloc_trim, 0)  # PyTorch's teardown needs 125 MB of its own
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        atexit.register(libc.malloc_trim, 0)  # else the 125 MB of PyTorch's teardown come on top
 
 
 def load_data_once(spec):
@@ -801,12 +789,12 @@ def any_error(error):
 
 def setup(args):
     """Data, network, optimiser, state and lock of the run. ValueError or OSError before anything is overwritten."""
-    device = open_device(args.device)
     with torch.device("meta"):
         models.build(args.arch)  # a wrong name is known before the data are loaded
     world = dist.get_world_size() if dist.is_initialized() else 1
 
-    x_train, y_train, x_test, y_test = load_data_once(args.data)
+    x_train, y_train, x_test, y_test = load_data_once(args.data)  # first: processes wait for each other there
+    device = open_device(args.device)
     num_classes = int(y_train.max()) + 1
     if args.train_size and args.train_size > len(x_train):
         raise ValueError(f"--train-size {args.train_size} is more than the {len(x_train)} training images")
@@ -825,7 +813,7 @@ def setup(args):
     state = {"epoch": 0, "best": -1.0, "log": [], "args": {"seed": 1}}
     last = Path(args.out or "", "last.pt")
     if args.resume and args.out and last.exists():
-        state = restore(last, args, net, optimizer)  # knows its seed, and no longer needs --init
+        state = restore(last, args, net, optimizer)  # knows its seed; with --out it no longer needs --init
     elif args.init:
         state = restore(args.init, args, net, optimizer) | {"best": -1.0}
         if state["epoch"] == args.epochs:
@@ -847,37 +835,37 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = True
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     error = None
+
+    def stop(status, message):  # one process says why
+        parser.exit(status, message if is_lead() else None)
+
     try:
         args.device = join_processes(args.device)
         data, net, optimizer, state, _lock = setup(args)
     except (OSError, ValueError) as bad_input:
         error = f"{parser.prog}: error: {bad_input}\n"
     except KeyboardInterrupt:
-        parser.exit(130, "stopped before training\n")
+        stop(130, "stopped before training\n")
     if error := any_error(error):
-        parser.exit(2, error if is_lead() else None)
+        stop(2, error)
 
     if args.amp and args.device == "cpu" and is_lead() and "AVX512" not in torch.backends.cpu.get_cpu_capability():
         print("note: this CPU has no fast bfloat16, --amp will be very slow on it", file=sys.stderr)
     fast = torch.compile(net) if args.compile else net  # the same parameters and mode
     model = DistributedDataParallel(fast, broadcast_buffers=False) if dist.is_initialized() else fast
-    status, message = 0, None
-    lead = is_lead()
     try:
         if args.bench:
             bench(args, data, net, fast, model, optimizer)
         else:
             train(args, data, net, fast, model, optimizer, state)
     except KeyboardInterrupt:
-        status, message = 130, f"\nstopped: the same command with --resume goes on after epoch {state['epoch']}\n"
+        stop(130, f"\nstopped: the same command with --resume goes on after epoch {state['epoch']}\n")
     except FloatingPointError as error:
-        status, message = 1, f"{parser.prog}: stopped at {error}; last.pt is from epoch {state['epoch']}\n"
+        stop(1, f"{parser.prog}: stopped at {error}; last.pt is from epoch {state['epoch']}\n")
     except OSError as error:
-        status, message = 1, f"{parser.prog}: cannot write to {args.out} ({error}); what is there is whole\n"
-    if dist.is_initialized() and not status:
+        stop(1, f"{parser.prog}: cannot write to {args.out} ({error}); what is there is whole\n")
+    if dist.is_initialized():
         dist.destroy_process_group()
-    if status:
-        parser.exit(status, message if lead else None)
 
 
 if __name__ == "__main__":

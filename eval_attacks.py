@@ -40,6 +40,7 @@ from clirat import (
     number,
     open_device,
     pgd,
+    pm,
     to_input,
     write,
 )
@@ -47,11 +48,11 @@ from clirat import (
 # ---- Common --------------------------------------------------------------------------------------------------------
 
 
-def noise(shape, index, *seed):
-    """Uniform [0, 1) noise, (N, *shape), each point's drawn from its number in index (N,) and a seed of integers."""
+def noise(shape, index, *seeds):
+    """Uniform [0, 1) noise, (N, *shape), each point's drawn from its number in index (N,) and seeds, int or (N,)."""
     generator, draws = torch.Generator(), []
-    for i in index.tolist():
-        generator.manual_seed(int(np.random.SeedSequence([i, *seed]).generate_state(1)[0]))
+    for key in torch.stack(torch.broadcast_tensors(index, *map(torch.as_tensor, seeds)), 1).tolist():
+        generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         draws.append(torch.rand(shape, generator=generator))
     return torch.stack(draws)
 
@@ -84,12 +85,6 @@ def is_fooled(model, logits, x, y, amp):
 def widen(t):
     """(N,) -> (N, 1, 1, 1), to broadcast over images."""
     return t[:, None, None, None]
-
-
-def logit_margin(logits, y):
-    """z_y - max_{j != y} z_j, (N,)."""
-    z_y = logits.gather(1, y[:, None])
-    return (z_y - logits.scatter(1, y[:, None], -torch.inf)).amin(1)
 
 
 def logits_of(model, x, batch_size):
@@ -141,7 +136,7 @@ def dlr_loss(logits, y):
     if logits.shape[1] < 3:
         raise ValueError("the DLR loss needs at least 3 classes")
     z = logits.sort(1, descending=True).values
-    return -logit_margin(logits, y) / (z[:, 0] - z[:, 2] + 1e-12)
+    return -pm(logits, y) / (z[:, 0] - z[:, 2] + 1e-12)
 
 
 def dlr_targeted_loss(logits, y, target):
@@ -185,10 +180,7 @@ def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_si
         return value.detach(), grad, is_fooled(model, logits.detach(), x.detach(), y, amp)
 
     def attack(point, rank, record):
-        draws = [
-            noise(x.shape[1:], index[p : p + 1], seed, r) for p, r in zip(point.tolist(), rank.tolist(), strict=True)
-        ]
-        t = 2 * torch.cat(draws).to(x) - 1
+        t = 2 * noise(x.shape[1:], index[point.cpu()], seed, rank.cpu()).to(x) - 1
         # A point's state: x, value and grad of this iterate; `before`, `last` of the one before; `best*` so far;
         # `rises` of the value in this window; `checked_value`, the best at the last check, where the step was `halved`.
         s = SimpleNamespace(point=point, y=y[point], target=targets[rank, point])
@@ -311,7 +303,7 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=128
         s.lower, s.upper = (x[point] - eps).clamp(min=0), (x[point] + eps).clamp(max=1)
         stripes = noise((channels, 1, width), index[point.cpu()], seed).sub(0.5).sign().to(x)
         s.x = (x[point] + eps * stripes).clamp(0, 1)
-        s.margin = logit_margin(predict(model, s.x), s.y)
+        s.margin = pm(predict(model, s.x), s.y)
         for q in range(queries):
             if (s.margin <= 0).any():
                 s = select(s, record(s.point, s.margin <= 0, s.x))
@@ -322,8 +314,8 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=128
             window = (..., slice(top, top + side), slice(left, left + side))
             kept = s.x[window].clone()
             s.x[window] = (kept + 2 * eps * signs[q]).clamp(s.lower[window], s.upper[window])
-            tried = logit_margin(predict(model, s.x), s.y)
-            accepted = (tried < s.margin) | (tried <= 0)
+            tried = pm(predict(model, s.x), s.y)
+            accepted = tried < s.margin
             s.x[window] = torch.where(widen(accepted), s.x[window], kept)
             s.margin = torch.where(accepted, tried, s.margin)
         record(s.point, s.margin <= 0, s.x)
@@ -335,7 +327,9 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=128
 # ---- The attacks by name -------------------------------------------------------------------------------------------
 
 
-def uniform_pgd(model, x, y, *, eps, steps, loss="ce", seed=0, index=None, batch_size=128, amp=False, start=None):
+def uniform_pgd(
+    model, x, y, *, eps, steps, step_size=0.003, loss="ce", seed=0, index=None, batch_size=128, amp=False, start=None
+):
     """PGD as in MAIL's evaluation: step 0.003, uniform start in the ball, or from `start`, an earlier call's result.
 
     Returns the last iterate, (N, C, H, W).
@@ -344,19 +338,13 @@ def uniform_pgd(model, x, y, *, eps, steps, loss="ce", seed=0, index=None, batch
     if start is None:
         start = x + eps * (2 * noise(x.shape[1:], numbered(x, index), seed).to(x) - 1)
     parts = zip(*(t.split(batch_size) for t in (x, y, start)), strict=True)
-    options = {"eps": eps, "step_size": 0.003, "steps": steps, "loss": loss, "autocast": autocast}
+    options = {"eps": eps, "step_size": step_size, "steps": steps, "loss": loss, "autocast": autocast}
     return torch.cat([pgd(model, x_, y_, init=start_, **options) for x_, y_, start_ in parts])
 
 
-def nat(model, x, y, **_):
-    """No attack: x itself."""
-    return x
-
-
-def fgsm(model, x, y, *, eps, batch_size=128, **_):
+def fgsm(model, x, y, *, eps, **options):
     """Fast gradient sign method (Eq. 1), one step of eps from x."""
-    parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
-    return torch.cat([pgd(model, *part, eps=eps, step_size=eps, steps=1, init="none") for part in parts])
+    return uniform_pgd(model, x, y, eps=eps, step_size=eps, steps=1, start=x, **options)
 
 
 STAGES = {"apgd": apgd, "apgd-t": partial(apgd, loss="targeted"), "fab-t": fab_t, "square": square}  # of AutoAttack
@@ -385,7 +373,7 @@ def autoattack(model, x, y, *, eps, seed=0, index=None, batch_size=128, amp=Fals
 
 
 ATTACKS = {
-    "nat": nat,
+    "nat": lambda model, x, y, **_: x,
     "fgsm": fgsm,
     "pgd20": partial(uniform_pgd, steps=20),
     "pgd100": partial(uniform_pgd, steps=100),
@@ -664,10 +652,10 @@ def digest(*tensors):
     return sha.hexdigest()[:16]
 
 
-def open_verdicts(path, settings, total):
+def open_verdicts(path, settings):
     """Verdicts kept beside a checkpoint for exactly these settings, and save() to keep them: (dict, function).
 
-    The file maps `<key>/<attack or stage>` to (total,) int8, 1 misclassified, 0 not, -1 not asked, and `<key>/settings`
+    The file maps `<key>/<attack or stage>` to (N,) int8, 1 misclassified, 0 not, -1 not asked, and `<key>/settings`
     to what the key stands for, as JSON. It holds verdicts of other settings too; nothing is mixed or lost.
     """
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -681,8 +669,6 @@ def open_verdicts(path, settings, total):
     arrays[f"{key}/settings"] = np.array(json.dumps(settings))
     kept = {name.removeprefix(f"{key}/"): array for name, array in arrays.items() if name.startswith(f"{key}/")}
     del kept["settings"]
-    if any(array.shape != (total,) or array.dtype != np.int8 for array in kept.values()):
-        raise ValueError(f"{path} is damaged: delete it to evaluate afresh")
     verdicts = {name: torch.from_numpy(array) for name, array in kept.items()}
 
     def save():
@@ -706,17 +692,15 @@ def main(argv=None):
     parser, args = parse_args(argv)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # verdicts are float32
     error = None
-    if args.curves:
-        try:
-            return draw_curves(args.curves, args.out)
-        except (OSError, ValueError) as bad_input:
-            parser.exit(2, f"{parser.prog}: error: {bad_input}\n")
     try:
+        if args.curves:
+            return draw_curves(args.curves, args.out)
         args.device = join_processes(args.device)
+        data = load_data_once(args.data)[2:]  # first: processes wait for each other there
         device = open_device(args.device)
         args.checkpoints = list({Path(path).resolve(): path for path in args.checkpoints}.values())
         networks = [models.load(path, args.arch) for path in args.checkpoints]
-        x, y = (t.to(device) for t in load_data_once(args.data)[2:])
+        x, y = (t.to(device) for t in data)
         n = args.n or len(x)
         if n > len(x):
             raise ValueError(f"--n {n} is more than the {len(x)} test images")
@@ -731,7 +715,7 @@ def main(argv=None):
             if is_lead():
                 _locks.append(lock(path.with_name(f".{path.name}.eval.lock")))
             settings = common | {"weights": digest(*model.state_dict().values())}
-            stores.append(open_verdicts(path.with_name(f"{path.name}.eval.npz"), settings, len(x)))
+            stores.append(open_verdicts(path.with_name(f"{path.name}.eval.npz"), settings))
     except (OSError, ValueError) as bad_input:
         error = f"{parser.prog}: error: {bad_input}\n"
     if error := any_error(error):
@@ -749,8 +733,8 @@ def main(argv=None):
             if not is_lead():
                 continue
             figures = summarise(verdicts, args.attacks, n)
-            cells = [figures[name] for name in args.attacks]
-            cells = ["{:.2f} [{:.1f}, {:.1f}]".format(cell["accuracy"], *cell["interval"]) for cell in cells]
+            cell = "{accuracy:.2f} [{interval[0]:.1f}, {interval[1]:.1f}]"
+            cells = [cell.format(**figures[name]) for name in args.attacks]
             print_row(path, n, args.eps, cells)
             if reference := paper_row(metadata, args.attacks):
                 print_row(f"the paper's {metadata['method']}, {metadata['arch']}", "?", 8 / 255, reference)
@@ -785,9 +769,8 @@ def main(argv=None):
         parser.exit(130, "\nstopped: the same command goes on from there\n")
     except OSError as error:
         parser.exit(1, f"{parser.prog}: cannot write ({error}); the verdicts kept so far are whole\n")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def folded(net, dtype=torch.float32):
     for module in list(net.modules()):
         previous = None
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm2d):
+            if isinstance(child, nn.BatchNorm2d) and child.affine and child.track_running_stats:
                 affine = Affine(child)
                 if isinstance(previous, nn.Conv2d) and previous.bias is None:
                     previous.weight.mul_(affine.scale[:, None])

@@ -183,7 +183,7 @@ def test_pgd_invariants(loss, init, training):
         objective = {
             "ce": lambda z: F.cross_entropy(z, y),
             "kl": lambda z: clirat.kl(net(x), z).mean(),
-            "cw": lambda z: -eval_attacks.logit_margin(z, y).mean(),
+            "cw": lambda z: -pm(z, y).mean(),
         }[loss]
         assert objective(net(x_adv)) > objective(net(corner))
 
@@ -198,8 +198,8 @@ def test_folding_batchnorm_changes_nothing(arch):
     folded = models.folded(net, torch.float64)
     assert net.training
     assert not any(p.requires_grad for p in folded.parameters())
-    left = sum(isinstance(module, nn.BatchNorm2d | models.Affine) for module in folded.modules())
-    assert left == (0 if arch == "resnet18" else 4)  # WRN's bn1 of each block and the last follow a sum
+    left = [sum(isinstance(module, kind) for module in folded.modules()) for kind in (nn.BatchNorm2d, models.Affine)]
+    assert left == [0, 0 if arch == "resnet18" else 4]  # WRN's bn1 of each block and the last follow a sum
     torch.testing.assert_close(folded(x), net.eval()(x))
 
 
