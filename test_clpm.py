@@ -443,6 +443,64 @@ def test_linear_network_has_a_known_radius():
     assert torch.equal(fooled, 1.0052 * radius <= eps * 1.0001)  # FAB settles a little beyond the boundary
 
 
+def stubborn_network():
+    """A network that nothing fools, one image of the class that it holds to, and a list of what it is fed."""
+    torch.manual_seed(0)
+    net, x, seen = small_network().double().eval(), 0.1 + 0.8 * torch.rand(1, 3, 8, 8, dtype=torch.float64), []
+    net[-1].bias.data[3] += 20
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    return net, x, torch.tensor([3]), seen
+
+
+@pytest.mark.parametrize("eps", [0.003, 0.05, 0.3])
+def test_apgd_against_a_loop(eps):
+    net, x, y, seen = stubborn_network()
+    eval_attacks.apgd(net, x, y, eps=eps)
+    iterates, halvings = list(seen), 0
+
+    def clip(z):
+        return z.clamp(x - eps, x + eps).clamp(0, 1)
+
+    def loss_and_gradient(z):
+        z = z.clone().requires_grad_()
+        loss = F.cross_entropy(net(z), y)
+        return loss.item(), torch.autograd.grad(loss, z)[0]
+
+    now = before = iterates[0]
+    loss, gradient = loss_and_gradient(now)
+    best, step, was_halved, best_at_check, history = (loss, now, gradient), 2 * eps, True, loss, [0.0]
+    for i in range(100):
+        a = 0.75 if i else 1.0
+        now, before = clip(now + a * (clip(now + step * gradient.sign()) - now) + (1 - a) * (now - before)), now
+        loss, gradient = loss_and_gradient(now)
+        history.append(loss)
+        reached, best = now, max(best, (loss, now, gradient), key=lambda it: it[0])
+        if window := {21: 22, 40: 19, 56: 16, 69: 13, 79: 10, 86: 7, 92: 6, 98: 6}.get(i):
+            rises = sum(history[-j] > history[-j - 1] for j in range(1, window + 1))
+            was_halved = rises <= 0.75 * window or (not was_halved and best[0] <= best_at_check)
+            best_at_check = best[0]
+            if was_halved:
+                step, now, gradient, halvings = step / 2, *best[1:], halvings + 1
+        torch.testing.assert_close(iterates[i + 1], reached)
+    assert len(iterates) == 101
+    assert 0 < halvings < 8
+
+
+def test_square_goes_on_from_its_best():
+    net, x, y, seen = stubborn_network()
+    eval_attacks.square(net, x, y, eps=0.1, queries=300)
+    best, *tried = seen.copy()
+    margins, accepted = [pm(net(z), y).item() for z in (best, *tried)], 0
+    lowest = margins[0]
+    for query, (z, margin) in enumerate(zip(tried, margins[1:], strict=True)):
+        rows, columns = (z != best).any(1)[0].nonzero().T
+        side = eval_attacks.square_side(query, 8, 8)
+        assert not len(rows) or max(rows.max() - rows.min(), columns.max() - columns.min()) < side
+        if margin < lowest:
+            best, lowest, accepted = z, margin, accepted + 1
+    assert 0 < accepted < 300
+
+
 ATTACKS = {**eval_attacks.ATTACKS, **eval_attacks.STAGES, "square": partial(eval_attacks.square, queries=200)}
 ATTACKS["dlr"] = partial(eval_attacks.apgd, loss="dlr")
 ATTACKS |= {f"{name} in bfloat16": partial(ATTACKS[name], amp=True) for name in ("apgd", "fab-t")}
