@@ -865,6 +865,7 @@ def main(argv=None):
     except OSError as error:
         stop(1, f"{parser.prog}: cannot write to {args.out} ({error}); what is there is whole\n")
     if dist.is_initialized():
+        del model  # first: it holds the group, whose threads would abort the process
         dist.destroy_process_group()
 
 

@@ -880,6 +880,7 @@ def work(rank, world, folder):
         if rank == 0:
             torch.save(net.state_dict(), f"{folder}/{method}-{world}.pt")
     if world > 1:
+        del model  # as in main
         dist.destroy_process_group()
 
 
