@@ -370,6 +370,10 @@ def test_run_resume_and_init(data, straight, tmp_path, monkeypatch, capsys):
     (tmp_path / "burn" / "burnin.pt").rename(tmp_path / "moved.pt")
     run(data, "--out", tmp_path / "init", "--resume")  # needs the file of --init no longer
     assert capsys.readouterr().err == ""
+    (tmp_path / "init" / "last.pt").unlink()  # without which only --init says where the run began
+    with pytest.raises(SystemExit):
+        run(data, "--out", tmp_path / "init", "--resume")
+    assert "init was" in capsys.readouterr().err
     run(data, "--out", tmp_path / "other", "--init", tmp_path / "moved.pt", "--weight-decay", "0.1")
     err = capsys.readouterr().err
     assert err == f"note: {tmp_path / 'moved.pt'} was trained with other settings: weight_decay was 0.0007, not 0.1\n"
