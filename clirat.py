@@ -789,12 +789,12 @@ def any_error(error):
 
 def setup(args):
     """Data, network, optimiser, state and lock of the run. ValueError or OSError before anything is overwritten."""
+    device = open_device(args.device)
     with torch.device("meta"):
         models.build(args.arch)  # a wrong name is known before the data are loaded
     world = dist.get_world_size() if dist.is_initialized() else 1
 
-    x_train, y_train, x_test, y_test = load_data_once(args.data)  # first: processes wait for each other there
-    device = open_device(args.device)
+    x_train, y_train, x_test, y_test = load_data_once(args.data)
     num_classes = int(y_train.max()) + 1
     if args.train_size and args.train_size > len(x_train):
         raise ValueError(f"--train-size {args.train_size} is more than the {len(x_train)} training images")

@@ -696,11 +696,10 @@ def main(argv=None):
         if args.curves:
             return draw_curves(args.curves, args.out)
         args.device = join_processes(args.device)
-        data = load_data_once(args.data)[2:]  # first: processes wait for each other there
         device = open_device(args.device)
         args.checkpoints = list({Path(path).resolve(): path for path in args.checkpoints}.values())
         networks = [models.load(path, args.arch) for path in args.checkpoints]
-        x, y = (t.to(device) for t in data)
+        x, y = (t.to(device) for t in load_data_once(args.data)[2:])
         n = args.n or len(x)
         if n > len(x):
             raise ValueError(f"--n {n} is more than the {len(x)} test images")
