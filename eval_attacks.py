@@ -157,7 +157,7 @@ def apgd_checks(steps):
     return checks
 
 
-def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_size=128, amp=False):
+def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_size=64, amp=False):
     """Auto-PGD (Croce & Hein 2020), one restart.
 
     x: (N, C, H, W) in [0, 1]. y: (N,). loss: "ce", "dlr" or "targeted", the DLR loss towards each of the nine likeliest
@@ -242,7 +242,7 @@ def project(t, w, b):
         level = torch.maximum(level, raised)
 
 
-def fab_t(model, x, y, *, eps, steps=100, seed=0, index=None, batch_size=128, amp=False):
+def fab_t(model, x, y, *, eps, steps=100, seed=0, index=None, batch_size=64, amp=False):
     """Targeted FAB (Croce & Hein 2020b) towards each of the nine likeliest other classes; no randomness, no restarts.
 
     x: (N, C, H, W) in [0, 1]. y: (N,). seed and index are ignored. batch_size: of the forward passes. amp: bfloat16.
@@ -287,7 +287,7 @@ def square_side(query, height, width):
     return min(max(round(math.sqrt(p * height * width)), 1), height, width)
 
 
-def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=128, amp=False):
+def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64, amp=False):
     """Square attack (Andriushchenko et al. 2020), one restart: random search on the margin z_y - max_{j != y} z_j.
 
     x: (N, C, H, W) in [0, 1]. y: (N,). amp is ignored: gains are smaller than the spacing of bfloat16 logits.
@@ -328,7 +328,7 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=128
 
 
 def uniform_pgd(
-    model, x, y, *, eps, steps, step_size=0.003, loss="ce", seed=0, index=None, batch_size=128, amp=False, start=None
+    model, x, y, *, eps, steps, step_size=0.003, loss="ce", seed=0, index=None, batch_size=64, amp=False, start=None
 ):
     """PGD as in MAIL's evaluation: step 0.003, uniform start in the ball, or from `start`, an earlier call's result.
 
@@ -350,7 +350,7 @@ def fgsm(model, x, y, *, eps, **options):
 STAGES = {"apgd": apgd, "apgd-t": partial(apgd, loss="targeted"), "fab-t": fab_t, "square": square}  # of AutoAttack
 
 
-def autoattack(model, x, y, *, eps, seed=0, index=None, batch_size=128, amp=False):
+def autoattack(model, x, y, *, eps, seed=0, index=None, batch_size=64, amp=False):
     """Standard AutoAttack for L-infinity (Croce & Hein 2020): four attacks in turn on what is still robust.
 
     x: (N, C, H, W) in [0, 1]. y: (N,). index: (N,) numbers of the images, for their noise. With fewer than four classes
@@ -426,7 +426,7 @@ def survivors(verdicts, names, n):
     return torch.stack([verdicts[name][:n] == 0 for name in names if name in verdicts]).all(0)
 
 
-def evaluate(model, x, y, attacks, *, n=None, eps, seed=0, batch_size=128, amp=False, verdicts=None, save=None):
+def evaluate(model, x, y, attacks, *, n=None, eps, seed=0, batch_size=64, amp=False, verdicts=None, save=None):
     """Verdicts of `attacks`, names from ATTACKS, on the first n of uint8 images x (N, C, H, W) with labels y (N,).
 
     Returns {name: (N,) int8}: 1 misclassified, 0 not, -1 not asked. For AutoAttack these are its stages, each asked
