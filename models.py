@@ -18,6 +18,11 @@ def conv3x3(in_channels, out_channels, stride=1):
     return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
 
 
+def pooled(x):
+    """Global average pooling, (N, C, H, W) -> (N, C). The gradient of a sum keeps channels_last, that of a mean not."""
+    return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
+
+
 class BasicBlock(nn.Module):
     """Post-activation residual block of ResNet-18 (He et al. 2016a)."""
 
@@ -54,7 +59,7 @@ class ResNet18(nn.Module):
     def forward(self, x):  # (N, 3, H, W) in [0, 1] -> (N, K)
         out = F.relu_(self.bn1(self.conv1(x)))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(out.mean((2, 3)))
+        return self.linear(pooled(out))
 
 
 class WideBlock(nn.Module):
@@ -107,7 +112,7 @@ class WideResNet(nn.Module):
 
     def forward(self, x):  # (N, 3, H, W) in [0, 1] -> (N, K)
         out = self.block3(self.block2(self.block1(self.conv1(x))))
-        return self.fc(F.relu_(self.bn1(out)).mean((2, 3)))
+        return self.fc(pooled(F.relu_(self.bn1(out))))
 
 
 def build(name, num_classes=10):
@@ -137,7 +142,11 @@ class Affine(nn.Module):
         self.shift = nn.Parameter((bn.bias - bn.running_mean * scale)[:, None, None], requires_grad=False)
 
     def forward(self, x):
-        return torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
+        row = (1, x.shape[1], 1, x.shape[3])  # written out, since a loop over 16 channels is too short for bfloat16
+        shift, scale = (
+            v.to(x.dtype).expand(row).contiguous(memory_format=torch.channels_last) for v in (self.shift, self.scale)
+        )
+        return torch.addcmul(shift, x, scale)
 
 
 def folded(net, dtype=torch.float32):
