@@ -443,14 +443,11 @@ def bench(args, data, net, fast, model, optimizer):
 
 def augment(x):
     """Random crop after 4 pixels of zero padding, then random horizontal flip. (N, C, H, W) -> the same, any dtype."""
-    n, c, h, w = x.shape
-    top, left = torch.randint(9, (2, n, 1), device=x.device)
-    rows = top + torch.arange(h, device=x.device)  # (N, H)
-    columns = left + torch.arange(w, device=x.device)  # (N, W)
-    columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns.flip(1), columns)
-    example = torch.arange(n, device=x.device)[:, None, None, None]
-    channel = torch.arange(c, device=x.device)[:, None, None]
-    return F.pad(x, (4, 4, 4, 4))[example, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    n, _, h, w = x.shape
+    top, left = torch.randint(9, (2, n), device=x.device)
+    crops = F.pad(x, (4, 4, 4, 4)).unfold(2, h, 1).unfold(3, w, 1)  # (N, C, 9, 9, H, W), a view
+    x = crops[torch.arange(n, device=x.device), :, top, left]  # (N, C, H, W)
+    return torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
 
 
 def to_input(x):
