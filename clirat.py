@@ -767,21 +767,26 @@ def keep_freed_memory():
 def load_data_once(spec):
     """`load_data`, on rank 0 first under torchrun, so that one process downloads and the others find the files."""
     if not is_lead():
-        dist.barrier()
+        exit_if_any(None)  # waits; another process may be here with an error
     try:
         return load_data(spec)
     finally:
-        if is_lead() and dist.is_initialized():
-            dist.barrier()
+        if is_lead():
+            exit_if_any(None)
 
 
-def any_error(error):
-    """The first error message of any process, so that all stop at bad input that one of them found, or None."""
+def exit_if_any(error):
+    """End all processes with status 2 if one of them comes with an error message, which rank 0 prints."""
     errors = [error]
     if dist.is_initialized():
         errors = [None] * dist.get_world_size()
         dist.all_gather_object(errors, error)
-    return next((message for message in errors if message), None)
+    if message := next(filter(None, errors), None):
+        if is_lead():
+            print(message, file=sys.stderr)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(2)
 
 
 def setup(args):
@@ -840,11 +845,10 @@ def main(argv=None):
         args.device = join_processes(args.device)
         data, net, optimizer, state, _lock = setup(args)
     except (OSError, ValueError) as bad_input:
-        error = f"{parser.prog}: error: {bad_input}\n"
+        error = f"{parser.prog}: error: {bad_input}"
     except KeyboardInterrupt:
         stop(130, "stopped before training\n")
-    if error := any_error(error):
-        stop(2, error)
+    exit_if_any(error)
 
     if args.amp and args.device == "cpu" and is_lead() and "AVX512" not in torch.backends.cpu.get_cpu_capability():
         print("note: this CPU has no fast bfloat16, --amp will be very slow on it", file=sys.stderr)

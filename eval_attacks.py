@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 import models
 from clirat import (
-    any_error,
+    exit_if_any,
     frozen,
     is_lead,
     join_processes,
@@ -716,9 +716,8 @@ def main(argv=None):
             settings = common | {"weights": digest(*model.state_dict().values())}
             stores.append(open_verdicts(path.with_name(f"{path.name}.eval.npz"), settings))
     except (OSError, ValueError) as bad_input:
-        error = f"{parser.prog}: error: {bad_input}\n"
-    if error := any_error(error):
-        parser.exit(2, error if is_lead() else None)
+        error = f"{parser.prog}: error: {bad_input}"
+    exit_if_any(error)
 
     results, runs = [], {}
     if is_lead():

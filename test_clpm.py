@@ -1,7 +1,9 @@
 """python -m pytest -q    margins first, on vectors small enough to check by hand; then everything built on them."""
 
 import argparse
+import contextlib
 import inspect
+import io
 import json
 import math
 import os
@@ -897,3 +899,19 @@ def test_two_processes_equal_one(tmp_path):
         one, two = (torch.load(tmp_path / f"{method}-{world}.pt", weights_only=True) for world in (1, 2))
         for key in one:
             torch.testing.assert_close(one[key], two[key], atol=1e-6, rtol=0)
+
+
+def meet_bad_input(rank, folder):
+    for bad_rank in 0, 1:
+        store = f"file://{folder}/store-{bad_rank}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+        device, error = "nowhere" if rank == bad_rank else "cpu", io.StringIO()
+        with contextlib.redirect_stderr(error), pytest.raises(SystemExit, match="2"):
+            clirat.main(["--data", "toy", "--device", device, "--out", f"{folder}/run"])
+        assert error.getvalue().startswith("clirat.py: error: --device nowhere") == (rank == 0)
+        assert error.getvalue().count("\n") == (rank == 0)
+
+
+def test_bad_input_of_one_process_ends_all(tmp_path):
+    torch.multiprocessing.spawn(meet_bad_input, (tmp_path,), nprocs=2)
+    assert not (tmp_path / "run").exists()
