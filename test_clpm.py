@@ -303,6 +303,12 @@ def test_a_step_without_examples_is_skipped():
     assert not torch.equal(before[0], net[0].weight)
 
 
+def test_pooled_is_the_mean():
+    x = torch.rand(3, 4, 2, 5, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    torch.testing.assert_close(models.pooled(x), F.adaptive_avg_pool2d(x, 1).flatten(1))
+    assert torch.autograd.gradcheck(models.pooled, x)
+
+
 def test_augment_crops_and_flips():
     x = torch.arange(1, 3 * 6 * 6 + 1).view(1, 3, 6, 6).repeat(64, 1, 1, 1)
     padded = F.pad(x[0], (4, 4, 4, 4))
