@@ -1,14 +1,17 @@
-"""ResNet-18 and Wide ResNets for small images, with the state-dict keys of the TRADES, MART and MAIL code.
+"""ResNet-18 and Wide ResNets for small images, with the state-dict keys of TRADES, MART and MAIL.
 
-Every network maps images in [0, 1], (N, 3, H, W), to logits, (N, K). Checkpoints of that family load here and
-ours load there.
+Every network maps images in [0, 1], (N, 3, H, W), to logits, (N, K). Checkpoints of that family
+load here and ours load there.
 """
 
+import argparse
 import copy
 import re
-from pathlib import Path
+import warnings
+from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,7 +22,7 @@ def conv3x3(in_channels, out_channels, stride=1):
 
 
 def pooled(x):
-    """Global average pooling, (N, C, H, W) -> (N, C). The gradient of a sum keeps channels_last, that of a mean not."""
+    """Global average pooling, (N, C, H, W) -> (N, C): a sum, whose gradient keeps channels_last."""
     return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
 
 
@@ -35,7 +38,8 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                nn.BatchNorm2d(out_channels),
             )
 
     def forward(self, x):
@@ -118,94 +122,182 @@ class WideResNet(nn.Module):
 def build(name, num_classes=10):
     """Return a freshly initialised network.
 
-    `resnet18` or `wrn-D-K`, where D is 6n+4 (Zagoruyko & Komodakis) or 6n+2 (Madry's count, the paper's "WRN-32-10").
-    ValueError on any other name.
+    name: `resnet18` or `wrn-D-K`, where D is 6n+4 (Zagoruyko & Komodakis) or 6n+2 (Madry's count,
+    the paper's "WRN-32-10"). ValueError on any other.
     """
     if name == "resnet18":
         return ResNet18(num_classes)
     match = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
     depth, widen = map(int, match.groups()) if match else (0, 0)
     if depth < 8 or depth % 6 not in (2, 4) or widen < 1:
-        raise ValueError(
-            f"unknown architecture {name!r}: use resnet18 or wrn-D-K with D = 6n+4 or 6n+2, such as wrn-32-10"
-        )
+        hint = "use resnet18 or wrn-D-K with D = 6n+4 or 6n+2, such as wrn-32-10"
+        raise ValueError(f"unknown architecture {name!r}: {hint}")
     return WideResNet((depth - 2) // 6, widen, num_classes)
 
 
 class Affine(nn.Module):
     """BatchNorm in eval mode as shift + scale x: its backward is one product and keeps no x."""
 
-    def __init__(self, bn):
+    def __init__(self, channels):
         super().__init__()
-        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-        self.scale = nn.Parameter(scale[:, None, None], requires_grad=False)  # (C, 1, 1)
-        self.shift = nn.Parameter((bn.bias - bn.running_mean * scale)[:, None, None], requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+        self.shift = nn.Parameter(torch.zeros(channels, 1, 1))
 
     def forward(self, x):
-        row = (1, x.shape[1], 1, x.shape[3])  # written out, since a loop over 16 channels is too short for bfloat16
-        shift, scale = (
-            v.to(x.dtype).expand(row).contiguous(memory_format=torch.channels_last) for v in (self.shift, self.scale)
-        )
+        # written out along a row: a loop over 16 channels is too short for a CPU's bfloat16
+        row = (1, x.shape[1], 1, x.shape[3])
+        scale = self.scale.expand(row).contiguous(memory_format=torch.channels_last)
+        shift = self.shift.expand(row).contiguous(memory_format=torch.channels_last)
         return torch.addcmul(shift, x, scale)
 
 
-def folded(net, dtype=torch.float32):
-    """A copy of a network to attack: in eval mode, BatchNorm folded into the convolution registered just before it.
+class Folded(nn.Module):
+    """A copy of a network to attack: the same function in eval mode, up to rounding, at less cost.
 
-    Elsewhere BatchNorm becomes `Affine`. The same function up to rounding for the networks of this file; in others the
-    order of registration can deceive. dtype: of the weights; bfloat16 for autocast, which then has nothing to cast.
+    BatchNorm is folded into the convolution registered just before it, and elsewhere becomes
+    `Affine`. That is right for the networks of this file; in others the order of registration can
+    deceive. dtype: of the weights and activations; images and logits keep that of the images.
     """
-    net = copy.deepcopy(net).eval().requires_grad_(False)
-    for module in list(net.modules()):
-        previous = None
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm2d) and child.affine and child.track_running_stats:
-                affine = Affine(child)
-                if isinstance(previous, nn.Conv2d) and previous.bias is None:
-                    previous.weight.mul_(affine.scale[:, None])
-                    previous.bias, affine = nn.Parameter(affine.shift.flatten(), requires_grad=False), nn.Identity()
-                setattr(module, name, affine)
-            previous = child
-    return net.to(dtype)
+
+    def __init__(self, net, dtype=None):
+        super().__init__()
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.folds = []  # (name of a BatchNorm, name of the convolution before it or None)
+        for prefix, module in list(self.net.named_modules()):
+            previous = None
+            for child_name, child in list(module.named_children()):
+                name = f"{prefix}.{child_name}" if prefix else child_name
+                if (
+                    isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm)
+                    and child.affine
+                    and child.track_running_stats
+                ):
+                    conv = self.net.get_submodule(previous) if previous else None
+                    if isinstance(conv, nn.Conv2d) and conv.bias is None:
+                        conv.bias = nn.Parameter(torch.zeros_like(child.bias))
+                        setattr(module, child_name, nn.Identity())
+                    else:
+                        previous = None
+                        setattr(
+                            module, child_name, Affine(child.num_features).to(child.weight.device)
+                        )
+                    self.folds.append((name, previous))
+                previous = name
+        self.net.to(dtype or next(net.parameters()).dtype).requires_grad_(False)
+        self.refresh(net)
+
+    @torch.no_grad()
+    def refresh(self, net):
+        """Take over the weights of `net`, in place, as a CUDA graph needs it."""
+        fresh = dict(net.named_parameters())
+        for bn_name, conv_name in self.folds:
+            bn = net.get_submodule(bn_name)
+            scale = bn.weight * (bn.running_var + bn.eps).rsqrt()  # (C,)
+            shift = bn.bias - bn.running_mean * scale
+            if conv_name:
+                fresh[f"{conv_name}.weight"] = (
+                    fresh[f"{conv_name}.weight"] * scale[:, None, None, None]
+                )
+                fresh[f"{conv_name}.bias"] = shift
+            else:
+                fresh[f"{bn_name}.scale"] = scale[:, None, None]
+                fresh[f"{bn_name}.shift"] = shift[:, None, None]
+        for name, parameter in self.net.named_parameters():
+            parameter.copy_(fresh[name])
+
+    def forward(self, x):
+        return self.net(x.to(next(self.net.parameters()).dtype)).to(x.dtype)
+
+
+# how other files begin that people take for checkpoints, and what to do
+OTHER_FILES = {
+    b"version https://git-lfs": "a Git LFS pointer: run git lfs pull",
+    b"<": "a web page: download the file itself",
+}
+# plain values that stand beside the weights in other people's files
+PLAIN = [np.float64(0).__reduce__()[0], np.dtype, argparse.Namespace, type(Path()), PurePosixPath]
+PLAIN += [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
 
 
 def read(path):
     """Return the dict that a checkpoint file holds, on the CPU. Never runs code from the file.
 
-    FileNotFoundError or ValueError, in one line, if there is no such file or it is damaged or unsafe.
+    OSError or ValueError, in one line that says what the file is and how to convert it, if there is
+    no such file or it is damaged or unsafe.
     """
-    if not Path(path).is_file():
+    path, save = Path(path), "torch.save({}, 'weights.pt')".format
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give a file, such as {path / 'last.pt'}")
+    if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    for begin, what in OTHER_FILES.items():
+        if head.startswith(begin):
+            raise ValueError(f"{path} is {what}")
+    if head[8:9] == b"{":
+        hint = save("safetensors.torch.load_file(FILE)")
+        raise ValueError(f"{path} is a safetensors file: convert it by {hint}")
+    torch.serialization.add_safe_globals(PLAIN)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of what is then an error
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:
-        raise ValueError(f"{path} holds more than tensors and plain values, or is damaged: it is not loaded") from None
+        what = "holds a whole model or other code, or is damaged: it is not loaded"
+        hint = f"where it was made, {save('model.state_dict()')}"
+        raise ValueError(f"{path} {what}; convert it: {hint}") from None
     except Exception as error:  # a damaged file can raise nearly anything
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint ({str(error).partition(chr(10))[0] or type(error).__name__})"
-        ) from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if "TorchScript" in reason:
+            hint = save("torch.jit.load(FILE).state_dict()")
+            reason = f"a TorchScript archive, convert it by {hint}"
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
     return checkpoint
 
 
+def state_dict_of(checkpoint):
+    """The state dict in a checkpoint, bare or under a key, without wrappers' prefixes, or None."""
+    prefixes = re.compile(r"^((module|model|net|_orig_mod)\.)+")
+    for state in checkpoint, *checkpoint.values():
+        if isinstance(state, dict):
+            tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+            tensors = {prefixes.sub("", str(k)): v for k, v in tensors.items()}
+            if "conv1.weight" in tensors:
+                return tensors
+    return None
+
+
+def architecture(state):
+    """The name, for `build`, of the network that a state dict seems to be of."""
+    blocks = [key for key in state if re.fullmatch(r"block1\.layer\.\d+\.conv1\.weight", key)]
+    if not blocks:
+        return "resnet18"
+    return f"wrn-{6 * len(blocks) + 4}-{len(state[blocks[0]]) // 16}"
+
+
 def load_weights(net, state, path):
     """Load a state dict of the TRADES/MART/MAIL family into `net`; `path` is for the messages.
 
-    `module.` prefixes, TRADES' unused `sub_block1.*` and absent `num_batches_tracked` are fine; ValueError names all
+    TRADES' unused `sub_block1.*` and absent `num_batches_tracked` are fine; ValueError names all
     other keys that do not match.
     """
-    state = {str(key).removeprefix("module."): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
     want = net.state_dict()
     missing = [key for key in want if key not in state and not key.endswith("num_batches_tracked")]
     unknown = [key for key in state if key not in want]
-    shapes = [key for key in want if key in state and getattr(state[key], "shape", None) != want[key].shape]
-    problems = [
-        f"{what} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-        for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
-        if keys
-    ]
+    shapes = [key for key in want if key in state and state[key].shape != want[key].shape]
+    problems = []
+    for what, keys in ("missing", missing), ("unknown", unknown), ("of another shape", shapes):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            problems.append(f"{what} {', '.join(keys[:3])}{more}")
+    if any(key.split(".")[-1] in ("mean", "std", "mu", "sigma") for key in unknown):
+        problems.append(
+            "it normalises its input: put that before net, and attack the two in Python"
+        )
     if problems:
         raise ValueError(f"{path} does not fit {type(net).__name__}: {'; '.join(problems)}")
     if not all(value.isfinite().all() for value in state.values()):
@@ -213,24 +305,33 @@ def load_weights(net, state, path):
     net.load_state_dict(state, strict=False)
 
 
-def load(path, name=None):
-    """Load a checkpoint of this repository or of the TRADES/MART/MAIL family: (network in eval mode, metadata dict).
+def plain(values):
+    """What of a dict are plain values, numpy's scalars included."""
+    values = {str(k): v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
+    return {k: v for k, v in values.items() if isinstance(v, str | int | float | bool | None)}
 
-    The file holds a state dict, alone or under "model" or "state_dict". name: the architecture (see `build`), needed
-    where the file does not name it. metadata: what else the file says, training settings included.
-    FileNotFoundError or ValueError, in one line, if the file cannot be read or does not match.
+
+def load(path, name=None):
+    """Load a checkpoint of this repository or of the TRADES/MART/MAIL family.
+
+    The file holds a state dict, alone or under any key, its keys with any run of the prefixes
+    module., model., net. and _orig_mod. name: the architecture (see `build`), by default what the
+    file says or its keys and shapes show. Returns the network in eval mode, and a dict of the plain
+    values in the file, training settings included.
+    OSError or ValueError, in one line, if the file cannot be read or does not match.
     """
     checkpoint = read(path)
-    inner = [key for key in ("model", "state_dict") if isinstance(checkpoint.get(key), dict)]
-    state = checkpoint[inner[0]] if inner else checkpoint
-    metadata = {}
-    if inner:
-        metadata = {k: v for k, v in checkpoint.items() if k not in ("model", "state_dict", "optimizer", "args")}
-        metadata |= checkpoint["args"] if isinstance(checkpoint.get("args"), dict) else {}
+    state = state_dict_of(checkpoint)
+    if state is None:
+        keys = ", ".join(map(str, list(checkpoint)[:4]))
+        raise ValueError(f"{path} holds no weights of ResNet-18 or a WRN, but: {keys}")
+    settings = checkpoint.get("args", {})
+    settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
+    metadata = plain(checkpoint) | plain(settings)
     name = name or metadata.get("arch")
-    if not isinstance(name, str):
-        raise ValueError(f"{path} does not name its architecture: give it, such as --arch wrn-34-10")
-    heads = [v for k, v in state.items() if str(k).removeprefix("module.") in ("linear.bias", "fc.bias")]
-    net = build(name, heads[0].numel() if heads and isinstance(heads[0], torch.Tensor) else 10)
+    if not re.fullmatch(r"resnet18|wrn-\d+-\d+", str(name)):
+        name = architecture(state)
+    heads = [state[key] for key in ("linear.bias", "fc.bias") if key in state]
+    net = build(name, len(heads[0]) if heads else 10)
     load_weights(net, state, path)
-    return net.eval(), metadata
+    return net.eval(), metadata | {"arch": name}

