@@ -27,6 +27,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":  # Ctrl-C while torch is being imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -492,8 +495,9 @@ def train(args, data, net, model, optimizer, state):
             row["nat"], row["pgd20"] = evaluate(net, attack_20, images, labels, **test)
         if is_lead():
             save_epoch(args, net, optimizer, state, row)
-            shown = {k: v for k, v in row.items() if v is not None and "weight" not in k}
-            figures = [f"{name} {value:.4g}" for name, value in shown.items()]
+            in_log_alone = ("lr", "weight", "images")
+            shown = [name for name in row if not name.startswith(in_log_alone)]
+            figures = [f"{name} {row[name]:.4g}" for name in shown if row[name] is not None]
             left = round((time.perf_counter() - begun) * (args.epochs - epoch))
             print(*figures, f"{datetime.timedelta(seconds=left)} left", sep=", ", flush=True)
 
@@ -527,10 +531,10 @@ def gather(t):
     return torch.stack(parts)
 
 
-def join_processes(name):
+def join_processes(name, amp):
     """The torch.device of a name; under torchrun, after joining the others, one GPU a process.
 
-    ValueError if this machine does not have it.
+    amp: whether bfloat16 is wanted there. ValueError if this machine does not have the device.
     """
     launched = "LOCAL_RANK" in os.environ and not dist.is_initialized()
     if launched and name.startswith("cuda"):
@@ -544,6 +548,8 @@ def join_processes(name):
     if launched:
         patience = datetime.timedelta(days=1)  # one can be done with an attack long before another
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    if amp and device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        print("note: this CPU has no fast bfloat16: leave out --amp", file=sys.stderr)
     return device
 
 
@@ -897,30 +903,24 @@ def check_compiler(device):
 
 
 def introduce(args, device, data):
-    """The first lines of a run: what, where, on which data."""
+    """The first line of a run: what, where, on which data."""
     x_train, y_train, x_test, _ = data
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
     images = f"{len(x_train)} training and {len(x_test)} test images {tuple(x_train.shape[1:])}"
-    print(f"{args.method}, {args.arch} on {name}, into {args.out}")
-    print(f"{args.data}: {images}, {y_train.max() + 1} classes", flush=True)
-    if (
-        args.amp
-        and device.type == "cpu"
-        and "AVX512" not in torch.backends.cpu.get_cpu_capability()
-    ):
-        note = "this CPU has no fast bfloat16: leave out --amp"
-        print(f"note: {note}", file=sys.stderr)
+    about = f"{args.data}, {images}, {y_train.max() + 1} classes"
+    print(f"{args.method}, {args.arch} on {where}: {about}; into {args.out}", flush=True)
 
 
 def main(argv=None):
     args = parse_args(argv)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA, as convolutions have it by default
     torch.backends.cudnn.benchmark = True
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, signal.default_int_handler)
     program, out, state = "clirat.py", Path(args.out), {"epoch": 0}
     try:
         with bad_input_ends_all(program):  # what is known without the data
-            device = join_processes(args.device)
+            device = join_processes(args.device, args.amp)
             with torch.device("meta"):
                 models.build(args.arch)
             start = open_run(args)

@@ -21,10 +21,14 @@ import io
 import json
 import math
 import re
+import signal
 import sys
 import warnings
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while torch is being imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -77,8 +81,8 @@ def check_model(model, x, y, eps):
 def noise(shape, index, *seeds):
     """Uniform [0, 1) noise (N, *shape), each point's drawn from its number in index and seeds."""
     generator, draws = torch.Generator(), []
-    for number_ in index.tolist():
-        seed = np.random.SeedSequence([number_, *seeds]).generate_state(1)[0]
+    for i in index.tolist():
+        seed = np.random.SeedSequence([i, *seeds]).generate_state(1)[0]
         draws.append(torch.rand(shape, generator=generator.manual_seed(int(seed))))
     return torch.stack(draws)
 
@@ -122,7 +126,7 @@ def confirmed(judge, wrong, x, y):
     """wrong (N,) where the judge, if there is one, agrees."""
     if judge is not None and wrong.any():
         wrong = wrong.clone()
-        with torch.no_grad():
+        with frozen(judge), torch.no_grad():
             wrong[wrong.clone()] = is_wrong(judge(x[wrong]), y[wrong])
     return wrong
 
@@ -396,7 +400,6 @@ def uniform_pgd(
     index = torch.arange(len(x)) if index is None else index
     start = x + eps * (2 * noise(x.shape[1:], index, seed).to(x) - 1)
     options = {"eps": eps, "step_size": step_size, "steps": steps, "loss": loss}
-
     batches = zip(*(t.split(batch_size) for t in (x, y, start)), strict=True)
     return torch.cat([pgd(model, x_, y_, init=start_, **options) for x_, y_, start_ in batches])
 
@@ -408,7 +411,7 @@ def fgsm(model, x, y, *, eps, batch_size=64, **_):
     return torch.cat([pgd(model, *part, **options) for part in parts])
 
 
-# AutoAttack's
+# of AutoAttack, in its order
 STAGES = {"apgd": apgd, "apgd-t": partial(apgd, loss="targeted"), "fab-t": fab_t, "square": square}
 
 
@@ -806,10 +809,11 @@ def main(argv=None):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
         False  # float32 verdicts
     )
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.suppress(AttributeError):  # a terminal without ± gets ?
         sys.stdout.reconfigure(errors="replace")
     with bad_input_ends_all(program):
-        device = join_processes(args.device)
+        device = join_processes(args.device, args.amp)
         networks = [models.load(path, args.arch) for path in args.checkpoints]
     with bad_input_ends_all(program):
         data = load_data(args.data, ["test"]) if is_lead() else None  # first, it may download
@@ -820,12 +824,14 @@ def main(argv=None):
             raise ValueError(f"--n {args.n} is more than the {len(x)} test images")
         for path, (model, _) in zip(args.checkpoints, networks, strict=True):
             classes = list(model.parameters())[-1].numel()  # the last layer's bias
-            if y.max() >= classes:
-                raise ValueError(f"{path} knows {classes} classes, {args.data} more: {y.max() + 1}")
+            if y.max() + 1 != classes:
+                raise ValueError(f"{path} knows {classes} classes, {args.data} has {y.max() + 1}")
             read_archive(path.with_name(f"{path.name}.eval.npz"))
 
     results, runs = [], []
     if is_lead():
+        images = f"{args.n} of {len(x)} test images {tuple(x.shape[1:])}, {y.max() + 1} classes"
+        print(f"{args.data}: {images}, on {device}\n")
         print(f"| checkpoint | n | eps | {' | '.join(map(str.upper, args.attacks))} |")
         print(f"|---{'|---' * (2 + len(args.attacks))}|", flush=True)
     try:

@@ -130,7 +130,7 @@ def main():
         again = ("copy.pt", 8), ("last.pt", 3)  # another batch size changes nothing
         tables = [start_evaluation(straight / name, n).communicate() for name, n in again]
         assert not any("error" in err for _, err in tables), tables
-        figures = [table.splitlines()[2].split("|")[2:] for table, _ in tables]
+        figures = [table.splitlines()[4].split("|")[2:] for table, _ in tables]
         assert figures[0] == figures[1], tables
         print("an evaluation killed in the middle of AutoAttack: the same row", figures[0])
 
