@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import functools
 import io
 import json
 import math
@@ -271,6 +272,12 @@ def pgd(
     return (x_adv, kappa) if return_kappa else x_adv
 
 
+@functools.cache
+def graph_pool():
+    """The memory that all CUDA graphs share, as they are never at work at once."""
+    return torch.cuda.graph_pool_handle()
+
+
 def graphed(function, device):
     """A function of tensors that returns a tuple of tensors, on CUDA as a CUDA graph.
 
@@ -280,27 +287,28 @@ def graphed(function, device):
     """
     if device.type != "cuda":
         return function
-    graphs, pool = {}, torch.cuda.graph_pool_handle()
+    graphs, stream = {}, torch.cuda.Stream(device)
 
     def replay(*inputs):
-        shapes = tuple(t.shape for t in inputs)
-        if shapes not in graphs:
+        key = tuple((t.shape, t.dtype) for t in inputs)
+        if key not in graphs:
             static = [t.clone() for t in inputs]
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
+            stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):  # warm up: compilation, cuDNN's choices
                 for _ in range(3):
                     function(*static)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            options = {"pool": graph_pool(), "stream": stream}
+            # thread_local: NCCL's watchdog may ask for its events meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
                 outputs = function(*static)
-            graphs[shapes] = graph, static, outputs
-        graph, static, outputs = graphs[shapes]
+            graphs[key] = graph, static, outputs
+        graph, static, outputs = graphs[key]
         for ours, theirs in zip(static, inputs, strict=True):
             ours.copy_(theirs)
         graph.replay()
-        return tuple(t.clone() for t in outputs)
+        return tuple(t.clone() for t in outputs)  # the next replay overwrites them
 
     return replay
 
@@ -325,7 +333,7 @@ def train_epoch(args, epoch, model, attack, optimizer, x_train, y_train):
     """Algorithm 1 l.2-15: one epoch over uint8 images x_train (N, C, H, W), labels y_train (N,).
 
     model: the network, under torchrun in DistributedDataParallel. attack: l.5-8 as a function of
-    x, y, start and tau, see `train`. Returns what the log is made of, (3, N), batch after batch:
+    x, y, start and tau, see `attacks`. Returns what the log is made of, (3, N), batch after batch:
     the loss of each example's batch, its weight, its number of confused labels.
     """
     method, device = METHODS[args.method], x_train.device
@@ -333,7 +341,7 @@ def train_epoch(args, epoch, model, attack, optimizer, x_train, y_train):
     tau = args.steps  # never stop early
     if args.method == "fat":
         tau = sum(epoch > round(args.epochs * e / 120) for e in (50, 90))
-    tau = torch.tensor(tau, device=device)
+    tau = torch.full((), tau, device=device)
     rank, world = rank_and_world()
     order = torch.randperm(len(x_train), device=device)
     if world > 1:  # the order is that of all processes, what follows each one's own
@@ -392,8 +400,8 @@ def is_wrong(logits, y):
 def evaluate(net, attack, x, y, *, eps, batch_size):
     """NAT and PGD-20 accuracy in [0, 1] on uint8 images x (N, C, H, W) with labels y (N,).
 
-    attack: PGD-20 as a function of images, labels and start, see `train`. As in MAIL's evaluation:
-    uniform start, step 0.003, verdict on the last iterate; in float32.
+    attack: PGD-20 as a function of images, labels and start, see `attacks`. As in MAIL's
+    evaluation: uniform start, step 0.003, verdict on the last iterate.
     """
     rank, world = rank_and_world()
     correct = torch.zeros(2, device=x.device)
@@ -444,16 +452,15 @@ def progress(batches, label, passes=1):
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def train(args, data, net, model, optimizer, state):
-    """Algorithm 1 from the epoch after state["epoch"]; each epoch ends with a row of log.csv.
+def attacks(args, net):
+    """PGD of the training, of (x, y, start, tau), and PGD-20, of (x, y, start): (x_adv, kappa).
 
-    net: the network. model: the same, under torchrun in DistributedDataParallel.
-    FloatingPointError if the loss or the weights are not finite, before they reach a checkpoint.
+    Both attack a copy of the network, the first in bfloat16 with --amp, which follows it in place.
     """
-    x_train, y_train, x_test, y_test = data
+    device = next(net.parameters()).device
     attacked = models.Folded(net, torch.bfloat16 if args.amp else None)
     fast = torch.compile(attacked, dynamic=False) if args.compile else attacked
-    evaluated = models.Folded(net)  # in float32
+    attacked_20 = models.Folded(net)
     inner = {"steps": args.steps, "step_size": args.step_size}
     inner["loss"] = "kl" if METHODS[args.method].loss == "trades" else "ce"
     common = {"eps": args.eps, "return_kappa": True}
@@ -463,10 +470,20 @@ def train(args, data, net, model, optimizer, state):
         return pgd(fast, x, y, init=start, tau=tau, **inner, **common)
 
     def pgd_20(x, y, start):
-        evaluated.refresh(net)
-        return pgd(evaluated, x, y, init=start, steps=20, step_size=0.003, **common)
+        attacked_20.refresh(net)
+        return pgd(attacked_20, x, y, init=start, steps=20, step_size=0.003, **common)
 
-    attack, attack_20 = (graphed(function, x_train.device) for function in (pgd_train, pgd_20))
+    return graphed(pgd_train, device), graphed(pgd_20, device)
+
+
+def train(args, data, net, model, optimizer, state):
+    """Algorithm 1 from the epoch after state["epoch"]; each epoch ends with a row of log.csv.
+
+    net: the network. model: the same, under torchrun in DistributedDataParallel.
+    FloatingPointError if the loss or the weights are not finite, before they reach a checkpoint.
+    """
+    x_train, y_train, x_test, y_test = data
+    attack, attack_20 = attacks(args, net)
     test = {"eps": args.eps, "batch_size": args.batch_size}
     if is_lead() and state["log"]:  # a kill can come between last.pt and log.csv
         save_log(Path(args.out, "log.csv"), state["log"])

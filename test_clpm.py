@@ -455,7 +455,7 @@ class FakeGraph:
 
 
 @contextlib.contextmanager
-def fake_recording(graph, pool):
+def fake_recording(graph, **_):
     FakeGraph.recording = graph
     yield
     FakeGraph.recording = None
@@ -466,8 +466,8 @@ def fake_cuda(monkeypatch):
     """Everything runs on the CPU, but through the code for CUDA graphs."""
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: stream,
         "stream": contextlib.nullcontext,
         "graph_pool_handle": lambda: None,
         "CUDAGraph": FakeGraph,

@@ -1,17 +1,20 @@
-"""Time a training step of clirat.py against the plain way of doing the same work, in turn, in one run.
+"""Time a training step of clirat.py against the plain way of doing the same work, in turn.
 
-    python .ci/speed.py ARCH BATCH_SIZE ROUNDS [METHOD ...]
+    python .ci/speed.py --arch resnet18 --batch-size 128 --methods clirat clir-trades
 
-The plain loop is that of the released base code: contiguous float32, parameters that require gradients during the
-attack, and for TRADES a natural branch that is computed anew in every PGD step. It has a process of its own, whose
-memory allocator is as Python starts it. One JSON line a method: medians in milliseconds, their ratios, what share of
-this machine's matrix-product rate the steps reach, and how much of a step is spent outside the network's passes: a step
-with a trivial network, and the folding of BatchNorm.
+The plain loop is that of the released MAIL code: contiguous float32, parameters that require
+gradients during the attack, and for TRADES a natural branch that is computed anew in every PGD
+step. One JSON line a method. A column is plain, float32, amp or amp_compile, and its
+  _ms                a step, the median over the rounds
+  _ratio             how many times faster than the plain loop
+  _of_product_rate   its share of this device's rate of matrix products in that precision
+  _full_run_hours    120 epochs of 50,000 images
+  _peak_gb           device memory that it took, warm-up and cache included; on CUDA only
 """
 
-import functools
+import argparse
 import json
-import multiprocessing
+import math
 import statistics
 import sys
 import time
@@ -26,97 +29,135 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clirat
 import models
 
+OPTIONS = {"plain": "", "float32": "", "amp": "--amp", "amp_compile": "--amp --compile"}
 
-def plain_step(args, net, optimizer, x, y):
-    row, x = clirat.METHODS[args.method], clirat.augment(x).float() / 255
-    net.eval()
-    x_adv = x + 0.001 * torch.randn_like(x)
-    for _ in range(args.steps):
-        x_adv.requires_grad_()
-        if row.loss == "trades":
-            natural, adversarial = net(x).softmax(1), net(x_adv).log_softmax(1)
-            loss = F.kl_div(adversarial, natural, reduction="sum")
-        else:
-            loss = F.cross_entropy(net(x_adv), y)
-        (grad,) = torch.autograd.grad(loss, x_adv)
-        x_adv = x_adv.detach() + args.step_size * grad.sign()
-        x_adv = torch.min(torch.max(x_adv, x - args.eps), x + args.eps).clamp(0, 1)
+
+def plain_epoch(args, net, optimizer, x_train, y_train):
+    loss_name = clirat.METHODS[args.method].loss
     net.train()
-    natural = None if row.loss == "at" else net(x)
-    adversarial = net(x_adv)
-    with torch.no_grad():
-        weights = clirat.instance_weights(clirat.cl_pm(adversarial.softmax(1), y), args.gamma, args.beta)
-    if row.loss == "at":
-        loss = clirat.at_loss(adversarial, y, weights)
-    else:
-        loss = clirat.trades_loss(natural, adversarial, y, args.trade_off, weights)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    for x, y in zip(x_train.split(args.batch_size), y_train.split(args.batch_size), strict=True):
+        x = clirat.augment(x).contiguous()
+        net.eval()
+        x_adv = x + 0.001 * torch.randn_like(x)
+        for _ in range(args.steps):
+            x_adv.requires_grad_()
+            if loss_name == "trades":
+                natural, adversarial = net(x).softmax(1), net(x_adv).log_softmax(1)
+                loss = F.kl_div(adversarial, natural, reduction="sum")
+            else:
+                loss = F.cross_entropy(net(x_adv), y)
+            (grad,) = torch.autograd.grad(loss, x_adv)
+            x_adv = x_adv.detach() + args.step_size * grad.sign()
+            x_adv = torch.min(torch.max(x_adv, x - args.eps), x + args.eps).clamp(0, 1)
+        net.train()
+        natural = None if loss_name == "at" else net(x)
+        adversarial = net(x_adv)
+        margins = clirat.cl_pm(adversarial.detach().softmax(1), y)
+        weights = clirat.instance_weights(margins, args.gamma or 0, args.beta or 0)
+        if loss_name == "at":
+            loss = clirat.at_loss(adversarial, y, weights)
+        else:
+            function = clirat.trades_loss if loss_name == "trades" else clirat.mart_loss
+            loss = function(natural, adversarial, y, args.trade_off, weights)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
-def our_step(args, net, optimizer, x, y):
-    batch = next(clirat.mini_batches(x, y, len(x)))
-    clirat.train_step(args, args.burn_in + 1, net, net, optimizer, *batch)
+def prepare(options, data, device):
+    """args, network, optimizer, attack, x_train, y_train of a run with these options."""
+    args = clirat.parse_args(options)
+    (x, y, *_), net, optimizer, _ = clirat.setup(args, torch.device(device), data, None)
+    return args, net, optimizer, clirat.attacks(args, net)[0], x, y
 
 
-@functools.cache
-def prepare(name, method, arch, batch_size):
-    """A training step to call, "plain", "fp32", "amp" or "rest": with a network that costs nothing."""
-    _, args = clirat.parse_args(["--method", method, "--arch", arch, *(["--amp"] if name == "amp" else [])])
-    net = models.build(arch)
-    if name == "rest":
-        net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 10))
-    if name != "plain":
-        net = net.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    x, y = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (batch_size,))
-    return partial(plain_step if name == "plain" else our_step, args, net, optimizer, x, y)
+def training(column, method, arch, batch_size, block, device):
+    """A function that trains for `block` steps past the burn-in."""
+    x = torch.randint(256, (block * batch_size, 3, 32, 32), dtype=torch.uint8)
+    y = torch.arange(len(x)) % 10
+    options = ["--method", method, "--arch", arch, "--batch-size", str(batch_size)]
+    options += OPTIONS[column].split()
+    args, net, optimizer, attack, x, y = prepare(options, (x, y, x, y), device)
+    if column == "plain":
+        net.to(memory_format=torch.contiguous_format)
+        return partial(plain_epoch, args, net, optimizer, x, y)
+    return partial(clirat.train_epoch, args, args.burn_in + 1, net, attack, optimizer, x, y)
 
 
-def time_of(run, *arguments):
+def seconds(run, device):
+    wait = (lambda: None) if device == "cpu" else torch.cuda.synchronize
+    wait()
     begun = time.perf_counter()
-    run(*arguments)
+    run()
+    wait()
     return time.perf_counter() - begun
 
 
-def time_step(*case):
-    return time_of(prepare(*case))
+def measure(method, arch, batch_size, columns, rounds, block, device):
+    """(the figures of a method, the columns' functions, each of `block` steps)."""
+    work, figures = {}, {"method": method, "arch": arch, "batch_size": batch_size}
+    for column in columns:
+        if device != "cpu":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_reserved()
+        work[column] = training(column, method, arch, batch_size, block, device)
+        work[column]()  # recording, compilation, cuDNN's choices
+        if device != "cpu":
+            peak = torch.cuda.max_memory_reserved() - before
+            figures[f"{column}_peak_gb"] = round(peak / 2**30, 2)
+    side, products = (2048, 1) if device == "cpu" else (8192, 10)
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(side, side, device=device).to(dtype)
+        work[dtype] = lambda a=a: [a @ a for _ in range(products)]
+        work[dtype]()
+
+    times = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, run in work.items():
+            times[name].append(seconds(run, device))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        models.build(arch)(torch.empty(batch_size, 3, 32, 32))
+    # in forwards: PGD-10 is 20, and a backward for x and the weights 2
+    passes = {"at": 23, "trades": 27, "mart": 26}[clirat.METHODS[method].loss]
+    figures["tflop"] = counter.get_total_flops() * passes / 1e12
+    for column in columns:
+        step = median[column] / block
+        figures[f"{column}_ms"] = 1000 * step
+        if "plain" in columns:
+            figures[f"{column}_ratio"] = median["plain"] / median[column]
+        product = median[torch.bfloat16 if "amp" in column else torch.float32]
+        rate = products * 2 * side**3 / 1e12 / product
+        figures[f"{column}_of_product_rate"] = figures["tflop"] / step / rate
+        figures[f"{column}_full_run_hours"] = step * 120 * math.ceil(50_000 / batch_size) / 3600
+    return figures, {column: work[column] for column in columns}
 
 
-def main(arch, batch_size, rounds, *methods):
-    batch_size, pool = int(batch_size), multiprocessing.get_context("spawn").Pool(1)
-    clirat.keep_freed_memory()
-    matrices = [torch.randn(2048, 2048).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
-    for method in methods or ["clirat"]:
-        case = method, arch, batch_size
-        work = {"plain": partial(pool.apply, time_step, ("plain", *case))}
-        work |= {name: partial(time_step, name, *case) for name in ("fp32", "amp", "rest")}
-        net = models.build(arch).to(memory_format=torch.channels_last)
-        work["folding"] = partial(time_of, models.folded, net)
-        work |= {
-            name: partial(time_of, torch.mm, a, a)
-            for name, a in zip(("fp32 matmul", "bf16 matmul"), matrices, strict=True)
-        }
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net(torch.rand(batch_size, 3, 32, 32))
-        passes = 20 + (3 if clirat.METHODS[method].loss == "at" else 7)  # PGD-10 and training, in forwards
-        flop = {"step": counter.get_total_flops() * passes, "matmul": 2 * 2048**3}
-
-        seconds = {name: [] for name in work}
-        for _ in range(1 + int(rounds)):
-            for name, run in work.items():
-                seconds[name].append(run())
-        s = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first is for warming up
-        figures = {"method": method, "arch": arch, "batch_size": batch_size, "rounds": int(rounds)}
-        figures |= {f"{name}_ms": round(1000 * t, 1) for name, t in s.items()}
-        figures |= {f"{name}_ratio": round(s["plain"] / s[name], 2) for name in ("fp32", "amp")}
-        for name, precision in (("fp32", "fp32"), ("amp", "bf16")):
-            share = flop["step"] / s[name] / (flop["matmul"] / s[f"{precision} matmul"])
-            figures |= {f"{name}_of_matmul_rate": round(share, 2)}
-            figures |= {f"{name}_outside_network": round((s["rest"] + s["folding"]) / s[name], 3)}
-        print(json.dumps(figures), flush=True)
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = partial(parser.add_argument, help="(default: %(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--methods", nargs="+", choices=clirat.METHODS, default=["clirat"])
+    add("--arch", type=str, default="resnet18")
+    add("--batch-size", type=int, default=128)
+    add("--rounds", type=int, default=5)
+    add("--device", type=str, choices=["cpu", "cuda"], default=device)
+    parser.add_argument("--block", type=int, help="steps a round (default: 20 on CUDA, else 1)")
+    parser.add_argument("--compile", action="store_true", help="amp_compile too; on CUDA always")
+    args = parser.parse_args(argv)
+    cuda = args.device == "cuda"
+    torch.set_float32_matmul_precision("high")  # as clirat.py does
+    torch.backends.cudnn.benchmark = True
+    columns = [c for c in OPTIONS if c != "amp_compile" or args.compile or cuda]
+    block = args.block or (20 if cuda else 1)
+    for method in args.methods:
+        case = method, args.arch, args.batch_size, columns, args.rounds, block, args.device
+        figures, _ = measure(*case)
+        figures = {k: float(f"{v:.4g}") if type(v) is float else v for k, v in figures.items()}
+        name = torch.cuda.get_device_name() if cuda else "cpu"
+        print(json.dumps(figures | {"device": name, "torch": torch.__version__}), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
