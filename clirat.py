@@ -743,7 +743,7 @@ def open_run(args):
 
     OSError or ValueError, in one line, if the run must not go to --out or can't start from there.
     """
-    last, now = Path(args.out, "last.pt"), settings(args)
+    last = Path(args.out, "last.pt")
     if not args.resume and any(last.parent.glob("*.pt")):
         hint = "add --resume to continue it, or choose another --out"
         raise ValueError(f"{args.out} already holds a run: {hint}")
@@ -761,30 +761,30 @@ def open_run(args):
     except (KeyError, TypeError):
         hint = "use a run's burnin.pt or last.pt"
         raise ValueError(f"{path} is no training checkpoint of clirat.py: {hint}") from None
-
-    changed = [name for name in now if before.get(name) != now[name]]
-    texts = {name: f"{name} was {before.get(name)}, not {now[name]}" for name in changed}
     if resume:
-        texts.pop("init", None)  # the file is needed no longer
-        if texts:
-            texts = "; ".join(texts.values())
-            raise ValueError(f"{args.out} was started with other settings: {texts}")
+        args.init = before.get("init")  # the file is needed no longer
+    now = settings(args)
+    changed = {k: f"{k} was {before.get(k)}, not {now[k]}" for k in now if before.get(k) != now[k]}
+    if resume and changed:
+        texts = "; ".join(changed.values())
+        raise ValueError(f"{args.out} was started with other settings: {texts}")
+    if resume:
         return checkpoint
+
     # FAT differs from the first epoch on
-    families = [name if name == "fat" else METHODS[name].loss for name in (method, args.method)]
-    if families[0] != families[1]:
+    family, own = (name if name == "fat" else METHODS[name].loss for name in (method, args.method))
+    if family != own:
         raise ValueError(f"{path} is from {method}, whose burn-in is not that of {args.method}")
     if epoch >= args.epochs:
-        raise ValueError(
-            f"{path} is from epoch {epoch}: --epochs {args.epochs} leaves nothing to do"
-        )
+        raise ValueError(f"{path} is from epoch {epoch}: --epochs {args.epochs} adds nothing")
     fixed, weighting = {"arch", "seed"}, {"method", "gamma", "beta", "exclude", "weight_norm"}
     if epoch > burn_in:  # past it the weights were at work, and the log would call them this run's
         fixed |= weighting
-    if wrong := "; ".join(texts[name] for name in changed if name in fixed):
+    if wrong := "; ".join(text for name, text in changed.items() if name in fixed):
         raise ValueError(f"{path} is epoch {epoch} of another run: {wrong}")
-    own = weighting | {"init", "eval_every", "eval_size"}
-    if other := "; ".join(texts[name] for name in changed if name not in own):
+    free = weighting | {"init", "eval_every", "eval_size"}
+    other = "; ".join(text for name, text in changed.items() if name not in free)
+    if other and is_lead():
         print(f"note: {path} was trained with other settings: {other}", file=sys.stderr)
     return checkpoint | {"best": -1.0}
 

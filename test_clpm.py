@@ -263,6 +263,11 @@ def test_attacks_refuse(what):
             attack(small_network(), x, y, eps=eps)
 
 
+def test_pgd_starts_inside_the_ball():
+    x_adv = pgd(small_network(), X, Y, eps=0.1, step_size=0.1, steps=0, init=X + 0.5)
+    torch.testing.assert_close(x_adv, (X + 0.1).clamp(max=1))
+
+
 def test_pgd_refuses():
     options = {"eps": 0.1, "step_size": 0.1, "steps": 1}
     for wrong in ({"steps": -1}, {"loss": "mse"}, {"init": "zero"}, {"init": X[:, :, 1:]}):
@@ -405,7 +410,23 @@ def test_algorithm_1(method, float64, tmp_path):
     assert all(0.1 < rows[0][name] < 0.9 for name in ("adv_correct", "single_cl", "multi_cl"))
 
 
-def test_schedule():
+def test_a_tie_is_no_confusion():
+    net, args = small_network(4), clirat.parse_args(["--batch-size", "8"])
+    net[4].weight.data[:] = net[4].bias.data[:] = 0
+    x, y = torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 4
+    attack, optimizer = clirat.attacks(args, net)[0], torch.optim.SGD(net.parameters(), 0.1)
+    _, weights, num_cl = clirat.train_epoch(args, 76, net, attack, optimizer, x, y)
+    assert num_cl.tolist() == [0] * 8
+    torch.testing.assert_close(weights, torch.ones(8))
+
+
+def test_methods_and_schedule():
+    at, trades, mart = (None, None, None), (None, None, 5), (None, None, 6)  # gamma, beta, lambda
+    expected = {"at": at, "fat": at, "trades": trades, "mart": mart, "gairat": (20, 0.4, None)}
+    for name in "mail", "clir":
+        expected[f"{name}-at" if name == "mail" else "clirat"] = 10, -0.5, None
+        expected |= {f"{name}-trades": (2, 0, 5), f"{name}-mart": (2, 0, 6)}
+    assert {name: row[2:] for name, row in METHODS.items()} == expected
     args = clirat.parse_args([])
     assert (args.burn_in, args.lr_milestones, args.gamma, args.beta) == (75, [75, 90], 10, -0.5)
     assert (args.lr, args.weight_decay, args.eps, args.steps) == (0.01, 3.5e-3, 8 / 255, 10)
@@ -492,6 +513,13 @@ def fake_cuda(monkeypatch):
     padded = lambda function, _, batch_size: padding(function, torch.device("cuda"), batch_size)  # noqa: E731
     monkeypatch.setattr(eval_attacks, "on_active", padded)
     return recorded
+
+
+def test_a_replay_leaves_earlier_results_alone(fake_cuda):
+    double = clirat.graphed(lambda x: (2 * x,), torch.device("cuda"))
+    results = [double(torch.full((3,), float(i)))[0] for i in range(3)]
+    assert torch.stack(results).tolist() == [[0] * 3, [2] * 3, [4] * 3]
+    assert len(fake_cuda) == 1
 
 
 def test_graphs_of_attacks(request):
@@ -594,6 +622,8 @@ def test_run_resume_and_init(data, straight, tmp_path, monkeypatch, capsys):
     (burn / "burnin.pt").rename(moved)
     run(data, "--out", tmp_path / "init", "--resume")  # needs the file of --init no longer
     assert capsys.readouterr().err == ""
+    kept = json.loads((tmp_path / "init" / "args.json").read_text())
+    assert kept["init"] == str(burn / "burnin.pt")
     run(data, "--out", tmp_path / "other", "--init", moved, "--weight-decay", "0.1")
     note = f"note: {moved} was trained with other settings: weight_decay was 0.0007, not 0.1\n"
     assert capsys.readouterr().err == note
@@ -1014,7 +1044,7 @@ TRAIN = [
     ("--init run/burnin.pt --seed 2", "seed was 1, not 2"),
     ("--init run/last.pt --epochs 4 --method mail-at", "method was clirat, not mail-at"),
     ("--init run/last.pt --epochs 4 --gamma 3", "gamma was 10.0, not 3.0"),
-    ("--init run/last.pt", "leaves nothing to do"),
+    ("--init run/last.pt", "adds nothing"),
     ("--out run", "--resume"),
     ("--out pile", "already holds a run"),
     ("--out run --resume --gamma 3", "gamma was 10.0, not 3.0"),

@@ -33,7 +33,7 @@ def compare(model, x, y, batch_size, amp=False):
     robust = eval_attacks.survivors(verdicts, [*verdicts], len(x))
 
     begun = time.perf_counter()
-    options = {"norm": "Linf", "eps": eps, "version": "standard", "seed": 0, "verbose": False}
+    options = {"norm": "Linf", "eps": eps, "version": "standard", "seed": 0}
     peer = AutoAttack(model, device=x.device, **options)
     x_adv = peer.run_standard_evaluation(x / 255, y, batch_size=len(x))
     x_adv = x_adv[0] if isinstance(x_adv, tuple) else x_adv
