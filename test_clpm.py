@@ -673,12 +673,22 @@ def test_nonfinite_loss_stops(when, data, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run" / "last.pt").exists() == (epoch > 1)
 
 
-def test_evaluation_in_training_counts_nan_as_wrong():
-    net = small_network()
-    net[4].bias.data[:] = math.nan
-    x, y = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
-    attack = partial(lambda x, y, start: (start.clamp(0, 1), y))
-    assert clirat.evaluate(net, attack, x, y, eps=0.1, batch_size=3) == [0, 0]
+def test_accuracy_in_training():
+    net, (x, y), args = small_network().eval(), small_images(30), clirat.parse_args([])
+    y = net(x).argmax(1) * (torch.arange(30) % 5 > 0)  # some are wrong from the start
+    images, attack = (x * 255).round().byte(), clirat.attacks(args, net)[1]
+    torch.manual_seed(0)
+    found = clirat.evaluate(net, attack, images, y, eps=0.03, batch_size=30)
+    torch.manual_seed(0)
+    x = images / 255
+    start = x + torch.empty_like(x).uniform_(-0.03, 0.03)
+    x_adv = pgd(net, x, y, eps=8 / 255, step_size=0.003, steps=20, init=start)
+    torch.testing.assert_close(attack(x, y, start)[0], x_adv)
+    expected = [(net(z).argmax(1) == y).double().mean().item() for z in (x, x_adv)]
+    assert found == pytest.approx(expected)
+    assert found[0] > found[1] > 0
+    net[4].bias.data[:] = math.nan  # NaN is wrong
+    assert clirat.evaluate(net, attack, images, y, eps=0.03, batch_size=7) == [0, 0]
 
 
 # ---- AutoAttack ----------------------------------------------------------------------------------
