@@ -551,8 +551,11 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+load = partial(torch.load, weights_only=True)
+
+
 def same_run(one, other):
-    ours, theirs = (torch.load(folder / "last.pt", weights_only=True) for folder in (one, other))
+    ours, theirs = (load(folder / "last.pt") for folder in (one, other))
     return all(same(ours[k], theirs[k]) for k in ("model", "optimizer", "log", "epoch"))
 
 
@@ -597,13 +600,8 @@ def test_run_resume_and_init(data, straight, tmp_path, monkeypatch, capsys):
     )
     assert log["ess"][0] == 1  # weights from the epoch after the burn-in on
     assert (log["ess"][1:] < 1).all()
-    checkpoints = {
-        name: torch.load(straight / f"{name}.pt", weights_only=True)
-        for name in ("best", "burnin", "last")
-    }
-    assert (checkpoints["burnin"]["epoch"], checkpoints["last"]["epoch"]) == (1, 3)
-    assert checkpoints["best"]["epoch"] == log["epoch"][log["pgd20"].argmax()]
-    assert "selected_by" in checkpoints["best"]
+    burnin, last = (load(straight / f"{name}.pt") for name in ("burnin", "last"))
+    assert (burnin["epoch"], last["epoch"]) == (1, 3)
     net, metadata = models.load(straight / "last.pt")
     assert not net.training
     assert (metadata["arch"], metadata["method"], metadata["epoch"]) == ("wrn-10-1", "clirat", 3)
@@ -627,12 +625,34 @@ def test_run_resume_and_init(data, straight, tmp_path, monkeypatch, capsys):
     run(data, "--out", tmp_path / "other", "--init", moved, "--weight-decay", "0.1")
     note = f"note: {moved} was trained with other settings: weight_decay was 0.0007, not 0.1\n"
     assert capsys.readouterr().err == note
+    forked = load(tmp_path / "other" / "last.pt")
+    assert forked["optimizer"]["param_groups"][0]["weight_decay"] == 0.1
+    assert forked["best"] == max(row["pgd20"] for row in forked["log"][1:])  # its own
 
     stopped_run(data, tmp_path / "early", monkeypatch, after=0)  # at once: nothing is saved yet
     (tmp_path / "early" / "last.pt").unlink()
     (tmp_path / "early" / "best.pt").unlink()
     (tmp_path / "early" / "burnin.pt").unlink()
     run(data, "--out", tmp_path / "early", "--lr", "0.01")  # such a folder is free
+
+
+def test_best_is_by_pgd20_on_test_images(data, tmp_path, monkeypatch):
+    figures, seen = iter([(0.1, 0.3), (0.9, 0.2), (0.2, 0.2), (0.5, 0.1)]), []
+
+    def evaluate(net, attack, x, y, **_):
+        seen.append((x, y))
+        return next(figures)
+
+    monkeypatch.setattr(clirat, "evaluate", evaluate)
+    run(data, "--out", tmp_path)
+    best = load(tmp_path / "best.pt")
+    assert (best["epoch"], best["best"]) == (1, 0.3)
+    assert "selected_by" in best
+    x, y = clirat.load_data(str(data), ["test"])
+    assert [len(labels) for _, labels in seen] == [20, 20, 20, 30]
+    for images, labels in seen:
+        assert torch.equal(images, x[: len(images)])
+        assert torch.equal(labels, y[: len(images)])
 
 
 def test_the_path_of_cuda_graphs(data, straight, tmp_path, fake_cuda):
