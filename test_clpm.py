@@ -420,6 +420,17 @@ def test_a_tie_is_no_confusion():
     torch.testing.assert_close(weights, torch.ones(8))
 
 
+def test_setup():
+    x, y = torch.zeros(300, 3, 8, 8, dtype=torch.uint8), torch.arange(300) % 5
+    args = clirat.parse_args(["--arch", "wrn-10-1", "--train-size", "200"])
+    data, net, optimizer, state = clirat.setup(args, torch.device("cpu"), (x, y, x, y), None)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.9, 7e-4)
+    assert len(group["params"]) == len(list(net.parameters()))
+    assert [len(t) for t in data] == [200, 200, 300, 300]
+    assert net.fc.out_features == 5
+
+
 def test_methods_and_schedule():
     at, trades, mart = (None, None, None), (None, None, 5), (None, None, 6)  # gamma, beta, lambda
     expected = {"at": at, "fat": at, "trades": trades, "mart": mart, "gairat": (20, 0.4, None)}
