@@ -373,13 +373,12 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64,
                 for size, r in zip((height, width), places[query], strict=True)
             )
             window = (..., slice(top, top + side), slice(left, left + side))
-            tried = best.clone()
-            tried[window] += 2 * eps * signs[query]
-            tried = tried.clamp(lower, upper)
-            (tried_margin,) = look(active, tried, labels)
-            accepted = active & (tried_margin < margin)
-            best = torch.where(widen(accepted), tried, best)
-            margin = torch.where(accepted, tried_margin, margin)
+            kept, moved = best[window].clone(), best[window] + 2 * eps * signs[query]
+            best[window] = moved.clamp(lower[window], upper[window])
+            (tried,) = look(active, best, labels)
+            accepted = active & (tried < margin)
+            best[window] = torch.where(widen(accepted), best[window], kept)
+            margin = torch.where(accepted, tried, margin)
 
     with frozen(model):
         return in_batches(attack, x, batch_size)

@@ -423,7 +423,7 @@ def test_a_tie_is_no_confusion():
 def test_setup():
     x, y = torch.zeros(300, 3, 8, 8, dtype=torch.uint8), torch.arange(300) % 5
     args = clirat.parse_args(["--arch", "wrn-10-1", "--train-size", "200"])
-    data, net, optimizer, state = clirat.setup(args, torch.device("cpu"), (x, y, x, y), None)
+    data, net, optimizer, _ = clirat.setup(args, torch.device("cpu"), (x, y, x, y), None)
     (group,) = optimizer.param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.9, 7e-4)
     assert len(group["params"]) == len(list(net.parameters()))
