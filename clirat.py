@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import csv
 import datetime
-import functools
+import gc
 import io
 import json
 import math
@@ -48,9 +48,10 @@ def pm(probs, labels):
     probs: (N, K) rows of probabilities, K >= 2, any float dtype. labels: (N,) integers in 0..K-1.
     Returns (N,) in [-1, 1], negative where misclassified. ValueError on a wrong shape.
     """
-    if probs.ndim != 2 or probs.shape[1] < 2 or labels.shape != probs.shape[:1]:
-        shapes = f"{tuple(probs.shape)} and {tuple(labels.shape)}"
-        raise ValueError(f"want probs (N, K >= 2) and labels (N,), got {shapes}")
+    fit = probs.ndim == 2 and probs.shape[1] > 1 and labels.shape == probs.shape[:1]
+    if not fit or labels.is_floating_point():
+        found = f"{tuple(probs.shape)} and {labels.dtype} {tuple(labels.shape)}"
+        raise ValueError(f"want probs (N, K >= 2) and integer labels (N,), got {found}")
     y = labels[:, None].long()  # (N, 1)
     p_y = probs.gather(1, y).squeeze(1)  # (N,)
     return p_y - probs.scatter(1, y, -torch.inf).amax(1)
@@ -66,9 +67,10 @@ def cl_pm(probs, labels):
     Returns (N,) in [-1, 1]: PM where there is at most one CL, less than PM where there are several,
     0 on a tie. ValueError on a wrong shape.
     """
-    if probs.ndim != 2 or probs.shape[1] < 2 or labels.shape != probs.shape[:1]:
-        shapes = f"{tuple(probs.shape)} and {tuple(labels.shape)}"
-        raise ValueError(f"want probs (N, K >= 2) and labels (N,), got {shapes}")
+    fit = probs.ndim == 2 and probs.shape[1] > 1 and labels.shape == probs.shape[:1]
+    if not fit or labels.is_floating_point():
+        found = f"{tuple(probs.shape)} and {labels.dtype} {tuple(labels.shape)}"
+        raise ValueError(f"want probs (N, K >= 2) and integer labels (N,), got {found}")
     y = labels[:, None].long()  # (N, 1)
     gaps = probs.gather(1, y) - probs  # (N, K): p_y - p_j, negative at the CLs and 0 at j = y
     margin = gaps.scatter(1, y, torch.inf).amin(1)  # (N,): Eq. 5
@@ -111,10 +113,11 @@ def weighted_mean(losses, weights):
 def at_loss(logits_adv, labels, weights=None):
     """Adversarial training: mean of w CE(f(x_adv), y). logits (N, K), labels and weights (N,).
 
-    A scalar >= 0. ValueError on a wrong shape; a label outside 0..K-1 is PyTorch's own error.
+    Returns a scalar. ValueError on a wrong shape; a label outside 0..K-1 is PyTorch's own error.
     """
-    if labels.shape != logits_adv.shape[:1]:
-        raise ValueError(f"want labels ({len(logits_adv)},), got {tuple(labels.shape)}")
+    if labels.shape != logits_adv.shape[:1] or labels.is_floating_point():
+        found = f"{labels.dtype} {tuple(labels.shape)}"
+        raise ValueError(f"want integer labels ({len(logits_adv)},), got {found}")
     # gather, since F.cross_entropy would ignore the label -100
     log_p_y = logits_adv.log_softmax(1).gather(1, labels[:, None].long()).squeeze(1)  # (N,)
     return weighted_mean(-log_p_y, weights)
@@ -122,6 +125,9 @@ def at_loss(logits_adv, labels, weights=None):
 
 def kl(logits_nat, logits_adv):
     """KL(p(x) || p(x_adv)), (N,), in log space: no NaN gradient where softmax underflows."""
+    if logits_nat.shape != logits_adv.shape:
+        shapes = f"{tuple(logits_nat.shape)} and {tuple(logits_adv.shape)}"
+        raise ValueError(f"want logits of one shape, got {shapes}")
     log_p, log_q = logits_nat.log_softmax(1), logits_adv.log_softmax(1)
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
@@ -146,8 +152,9 @@ def mart_loss(logits_nat, logits_adv, labels, trade_off, weights=None):
     y = labels[:, None].long()  # (N, 1)
     runner_up = logits_adv.softmax(1).scatter(1, y, 0).amax(1)  # (N,)
     bce = cross_entropy + weighted_mean(-torch.log(1.0001 - runner_up), weights)
+    divergence = kl(logits_nat, logits_adv)  # (N,)
     p_y = logits_nat.softmax(1).gather(1, y).squeeze(1)
-    return bce + trade_off * (kl(logits_nat, logits_adv) * (1 - p_y)).mean()
+    return bce + trade_off * (divergence * (1 - p_y)).mean()
 
 
 class Method(NamedTuple):
@@ -199,11 +206,12 @@ def check_attack(x, y, eps):
     """ValueError, in one line, on images, labels or eps that no attack can take."""
     if torch.is_inference_mode_enabled():
         raise ValueError("attacks need gradients: use torch.no_grad(), not inference_mode()")
-    if x.ndim != 4 or not x.is_floating_point() or not len(x):
-        raise ValueError(f"want float images (N > 0, C, H, W), got {x.dtype} {tuple(x.shape)}")
+    if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64) or not len(x):
+        found = f"{x.dtype} {tuple(x.shape)}"
+        raise ValueError(f"want float32 or float64 images (N > 0, C, H, W), got {found}")
     if y.shape != x.shape[:1] or y.is_floating_point():
         raise ValueError(f"want integer labels ({len(x)},), got {y.dtype} {tuple(y.shape)}")
-    if eps < 0:
+    if not eps >= 0:
         raise ValueError(f"want eps >= 0, got {eps}")
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return  # no value can be looked at; the warm-up before did
@@ -272,12 +280,6 @@ def pgd(
     return (x_adv, kappa) if return_kappa else x_adv
 
 
-@functools.cache
-def graph_pool():
-    """The memory that all CUDA graphs share, as they are never at work at once."""
-    return torch.cuda.graph_pool_handle()
-
-
 def graphed(function, device):
     """A function of tensors that returns a tuple of tensors, on CUDA as a CUDA graph.
 
@@ -287,7 +289,7 @@ def graphed(function, device):
     """
     if device.type != "cuda":
         return function
-    graphs, stream = {}, torch.cuda.Stream(device)
+    graphs, stream, pool = {}, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def replay(*inputs):
         key = tuple((t.shape, t.dtype) for t in inputs)
@@ -299,7 +301,7 @@ def graphed(function, device):
                     function(*static)
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            options = {"pool": graph_pool(), "stream": stream}
+            options = {"pool": pool, "stream": stream}
             # thread_local: NCCL's watchdog may ask for its events meanwhile
             with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
                 outputs = function(*static)
@@ -406,7 +408,7 @@ def evaluate(net, attack, x, y, *, eps, batch_size):
     rank, world = rank_and_world()
     correct = torch.zeros(2, device=x.device)
     batches = torch.arange(len(x), device=x.device)[rank::world].split(batch_size)
-    for batch in progress(batches, "evaluation"):
+    for batch in progress(batches if len(x) > rank else [], "evaluation"):
         images, labels = x[batch].to(memory_format=torch.channels_last) / 255, y[batch]
         start = images + torch.empty_like(images).uniform_(-eps, eps)
         x_adv, _ = attack(images, labels, start)
@@ -560,6 +562,8 @@ def join_processes(name, amp):
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: use cpu or cuda")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:  # 33 MB, freed at once: glibc then keeps freed blocks of that size for the next pass,
@@ -645,9 +649,10 @@ def load_npz(path, parts):
             raise ValueError(f"{path}: y_{part} must be in 0..{classes - 1}, not {found}")
         if x.shape[1:] != arrays[0].shape[1:]:
             raise ValueError(f"{path}: x_{part} differs in size from x_{parts[0]}")
-    missing = set(range(classes)) - set(labels.tolist())
-    if "train" in parts and missing:
-        raise ValueError(f"{path}: y_train has no image of class {min(missing)}")
+    present = np.unique(labels)
+    if "train" in parts and len(present) < classes:
+        missing = next((i for i, label in enumerate(present) if i != label), len(present))
+        raise ValueError(f"{path}: y_train has no image of class {missing}")
     return arrays
 
 
@@ -722,7 +727,7 @@ def save_log(path, rows):
 
 def save_epoch(args, net, optimizer, state, row):
     """Add an epoch to the run: best.pt or burnin.pt where it is one, last.pt, then log.csv."""
-    out, score = Path(args.out), row["pgd20"] or -1.0
+    out, score = Path(args.out), -1.0 if row["pgd20"] is None else row["pgd20"]
     now = {"epoch": row["epoch"], "best": max(score, state["best"]), "log": [*state["log"], row]}
     checkpoint = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
     checkpoint |= now | {"args": settings(args)}
@@ -759,7 +764,8 @@ def open_run(args):
     try:
         before, epoch = checkpoint["args"], checkpoint["epoch"]
         method, burn_in = before["method"], before["burn_in"]
-        _ = checkpoint["model"], checkpoint["optimizer"], checkpoint["best"], checkpoint["log"]
+        _ = METHODS[method], checkpoint["optimizer"]["param_groups"]
+        _ = checkpoint["model"], checkpoint["best"], checkpoint["log"]
     except (KeyError, TypeError):
         hint = "use a run's burnin.pt or last.pt"
         raise ValueError(f"{path} is no training checkpoint of clirat.py: {hint}") from None
@@ -816,7 +822,7 @@ def make_parser(program, description):
     Returns it and its add_argument, which takes the help text second and shows the default there.
     """
     parser = argparse.ArgumentParser(prog=program, description=description)
-    parser._negative_number_matcher = re.compile(r"-\d")
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
     parser.error = lambda message: parser.exit(2, f"{program}: error: {message}\n")
 
     def add(name, text, default=None, **kwargs):
@@ -848,7 +854,7 @@ def parse_args(argv):
         type=natural, nargs="*", metavar="EPOCH")  # fmt: skip
     add("--batch-size", "of all processes together", 128, type=number(int, 2))
     add("--lr", "learning rate (default: 0.01 for resnet18, 0.1 for wrn)", type=real)
-    add("--weight-decay", "(default: 3.5e-3 for resnet18, 7e-4 for wrn)", type=real)
+    add("--weight-decay", "of SGD (default: 3.5e-3 for resnet18, 7e-4 for wrn)", type=real)
     add("--eps", "L-infinity radius", "8/255", type=number(float, 0, 1))
     add("--step-size", "step of the training PGD", "2/255", type=real)
     add("--steps", "steps of the training PGD", 10, type=positive)
@@ -936,6 +942,8 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = True
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, signal.default_int_handler)
+    with contextlib.suppress(AttributeError):  # what a terminal can't show becomes ?
+        sys.stdout.reconfigure(errors="replace")
     program, out, state = "clirat.py", Path(args.out), {"epoch": 0}
     try:
         with bad_input_ends_all(program):  # what is known without the data
@@ -960,7 +968,10 @@ def main(argv=None):
         hint = "; the same command with --resume goes on" if 0 < done < args.epochs else ""
         stop(130, f"\n{program}: stopped after epoch {done}{hint}")
     except FloatingPointError as error:
-        stop(1, f"{program}: stopped at {error}; epoch {state['epoch']} is the last one saved")
+        saved = (
+            f"epoch {state['epoch']} is the last one saved" if state["epoch"] else "none is saved"
+        )
+        stop(1, f"{program}: stopped at {error}; {saved}")
     except OSError as error:
         stop(1, f"{program}: cannot write to {out} ({error}); what is there is whole")
     if is_lead():
@@ -968,6 +979,7 @@ def main(argv=None):
         command += ["--eps", str(args.eps)] if args.eps != 8 / 255 else []
         print(f"Evaluate it: {shlex.join(command)}")
     if dist.is_initialized():
+        gc.collect()  # DistributedDataParallel holds the group, whose threads would abort the end
         dist.destroy_process_group()
 
 

@@ -122,6 +122,11 @@ def on_active(function, device, batch_size):
     return call
 
 
+def graph_device(model, x):
+    """Where CUDA graphs may be recorded: on this repository's copies, which look at no value."""
+    return x.device if isinstance(model, models.Folded) else torch.device("cpu")
+
+
 def confirmed(judge, wrong, x, y):
     """wrong (N,) where the judge, if there is one, agrees."""
     if judge is not None and wrong.any():
@@ -204,7 +209,7 @@ def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_si
         (grad,) = torch.autograd.grad(value.sum(), x)
         return value.detach(), grad, logits.detach()
 
-    look = on_active(loss_and_grad, x.device, batch_size)
+    look = on_active(loss_and_grad, graph_device(model, x), batch_size)
 
     def attack(points, k):
         clean, labels, target = x[points], y[points], targets[k, points]
@@ -294,8 +299,8 @@ def fab_t(model, x, y, *, eps, steps=100, seed=0, index=None, batch_size=64, jud
         with torch.no_grad():
             return (model(x),)
 
-    look = on_active(boundary, x.device, batch_size)
-    classify = on_active(forward, x.device, batch_size)
+    look = on_active(boundary, graph_device(model, x), batch_size)
+    classify = on_active(forward, graph_device(model, x), batch_size)
 
     def attack(points, k):
         clean, labels, target = x[points], y[points], targets[k, points]
@@ -354,7 +359,7 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64,
         with torch.no_grad():
             return (pm(model(x), y),)
 
-    look = on_active(margin_of, x.device, batch_size)
+    look = on_active(margin_of, graph_device(model, x), batch_size)
 
     def attack(points, _):
         clean, labels = x[points], y[points]
@@ -405,6 +410,7 @@ def uniform_pgd(
 
 def fgsm(model, x, y, *, eps, batch_size=64, **_):
     """Fast gradient sign method (Eq. 1): one step of eps from x."""
+    check_model(model, x, y, eps)
     parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
     options = {"eps": eps, "step_size": eps, "steps": 1, "init": "none"}
     return torch.cat([pgd(model, *part, **options) for part in parts])
@@ -442,7 +448,7 @@ def autoattack(model, x, y, *, eps, seed=0, index=None, batch_size=64, judge=Non
 
 
 ATTACKS = {
-    "nat": lambda model, x, y, **_: x,
+    "nat": lambda model, x, y, **_: x.detach(),
     "fgsm": fgsm,
     "pgd20": partial(uniform_pgd, steps=20),
     "pgd100": partial(uniform_pgd, steps=100),
@@ -669,9 +675,11 @@ def compare(runs, attacks, n, eps):
     """
     apart = {"seed", "init", "best", "eval_every", "eval_size"}
     groups = {}  # name and settings -> {seed: survivors}
-    order = list(METHODS)
+    order = {method: place for place, method in enumerate(METHODS)}
     runs = [run for run in runs if {"method", "arch", "seed"} <= run[1].keys()]
-    for name, metadata, robust in sorted(runs, key=lambda run: order.index(run[1]["method"])):
+    for name, metadata, robust in sorted(
+        runs, key=lambda run: order.get(run[1]["method"], len(order))
+    ):
         skip = apart | ({"epoch"} if "selected_by" in metadata else set())
         same = {key: value for key, value in metadata.items() if key not in skip}
         seeds = groups.setdefault(json.dumps(same, sort_keys=True), (name, {}))[1]
@@ -757,7 +765,7 @@ def parse_args(argv):
         nargs="+", metavar="CKPT")  # fmt: skip
     add("--attacks", f"columns, of {', '.join(ATTACKS)} (default: the paper's six)",
         nargs="+", type=attack_name, metavar="NAME")  # fmt: skip
-    add("--arch", "resnet18 or wrn-D-K, where a checkpoint does not show its own", type=str)
+    add("--arch", "resnet18 or wrn-D-K (default: what a checkpoint says or shows)", type=str)
     add("--data", "folder of CIFAR-10, FILE.npz or toy", "data", type=str)
     add("--n", "on the first N test images (default: all)", type=number(int, 1))
     add("--batch-size", "of a forward pass (default: 64, on CUDA 512)", type=number(int, 1))
@@ -772,8 +780,9 @@ def parse_args(argv):
     args.checkpoints = list(
         {Path(path).resolve(): Path(path) for path in args.checkpoints}.values()
     )
-    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        parser.error(f"--json {args.json} is a folder, or in a folder that does not exist")
+    exists = args.json and args.json.exists()
+    if args.json and not (args.json.is_file() if exists else args.json.parent.is_dir()):
+        parser.error(f"--json {args.json} is no file, or in a folder that does not exist")
     return args
 
 
@@ -808,8 +817,7 @@ def main(argv=None):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
         False  # float32 verdicts
     )
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with contextlib.suppress(AttributeError):  # a terminal without ± gets ?
+    with contextlib.suppress(AttributeError):  # what a terminal can't show becomes ?
         sys.stdout.reconfigure(errors="replace")
     with bad_input_ends_all(program):
         device = join_processes(args.device, args.amp)
@@ -823,7 +831,8 @@ def main(argv=None):
             raise ValueError(f"--n {args.n} is more than the {len(x)} test images")
         for path, (model, _) in zip(args.checkpoints, networks, strict=True):
             classes = list(model.parameters())[-1].numel()  # the last layer's bias
-            if y.max() + 1 != classes:
+            ten = not args.data.endswith(".npz")  # CIFAR-10 and toy; a test set may lack the last
+            if y.max() >= classes or (ten and classes != 10):
                 raise ValueError(f"{path} knows {classes} classes, {args.data} has {y.max() + 1}")
             read_archive(path.with_name(f"{path.name}.eval.npz"))
 
@@ -833,14 +842,14 @@ def main(argv=None):
         print(f"{args.data}: {images}, on {device}\n")
         print(f"| checkpoint | n | eps | {' | '.join(map(str.upper, args.attacks))} |")
         print(f"|---{'|---' * (2 + len(args.attacks))}|", flush=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for path, (model, metadata) in zip(args.checkpoints, networks, strict=True):
-            verdicts, result = evaluate_one(args, path, model.to(device), metadata, (x, y))
+            model.to(device, memory_format=torch.channels_last)
+            verdicts, result = evaluate_one(args, path, model, metadata, (x, y))
             if not is_lead():
                 continue
             results.append(result)
-            if args.json:
-                write(args.json, json.dumps(results, indent=2).encode() + b"\n")
             cell = "{accuracy:.2f} [{interval[0]:.1f}, {interval[1]:.1f}]"
             cells = [cell.format(**result["attacks"][name]) for name in args.attacks]
             print_row(path, args.n, args.eps, cells)
@@ -849,6 +858,8 @@ def main(argv=None):
             if reference and cifar10 and args.eps == 8 / 255:
                 name = f"the paper's {metadata['method']}, {metadata['arch']}"
                 print_row(name, "?", args.eps, reference)  # it does not state its n
+            if args.json:
+                write(args.json, json.dumps(results, indent=2).encode() + b"\n")
             for doubt in result["warnings"]:
                 print(f"warning: {path}: {doubt}", file=sys.stderr)
             robust = [survivors(verdicts, chain(name), args.n) for name in args.attacks]

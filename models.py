@@ -260,7 +260,7 @@ def read(path):
 
 def state_dict_of(checkpoint):
     """The state dict in a checkpoint, bare or under a key, without wrappers' prefixes, or None."""
-    prefixes = re.compile(r"^((module|model|net|_orig_mod)\.)+")
+    prefixes = re.compile(r"^((module|model|net|_orig_mod|\d+)\.)+")
     for state in checkpoint, *checkpoint.values():
         if isinstance(state, dict):
             tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
@@ -327,7 +327,7 @@ def load(path, name=None):
         raise ValueError(f"{path} holds no weights of ResNet-18 or a WRN, but: {keys}")
     settings = checkpoint.get("args", {})
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
-    metadata = plain(checkpoint) | plain(settings)
+    metadata = plain(checkpoint) | plain(settings if isinstance(settings, dict) else {})
     name = name or metadata.get("arch")
     if not re.fullmatch(r"resnet18|wrn-\d+-\d+", str(name)):
         name = architecture(state)

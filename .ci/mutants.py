@@ -317,7 +317,7 @@ accuracy in training: PGD-20's step | clirat.py | accuracy
 +steps=20, step_size=0.0003
 
 accuracy in training: PGD-20 on the first weights | clirat.py | accuracy
--        evaluated.refresh(net)
+-        attacked_20.refresh(net)
 +        pass
 
 accuracy in training: on the training images | clirat.py | best
@@ -374,8 +374,8 @@ checkpoint saved before the check | clirat.py | nonfinite
 +            save_epoch(args, net, optimizer, state, log_row(epoch, lr, *seen) | {"pgd20": 0})
 
 best chosen by NAT | clirat.py | best
--row["pgd20"] or -1.0
-+row["nat"] or -1.0
+--1.0 if row["pgd20"] is None else row["pgd20"]
++-1.0 if row["pgd20"] is None else row["nat"]
 
 best is the last that was no better | clirat.py | best
 -if score > state["best"]:
@@ -446,12 +446,12 @@ K fixed at 10 in the network | clirat.py | setup
 +(x_train, y_train, x_test, y_test)
 
 noise by place, not by image number | eval_attacks.py | noise or invariants
--for number_ in index.tolist():
-+for number_ in range(len(index)):
+-for i in index.tolist():
++for i in range(len(index)):
 
 noise the same at every seed | eval_attacks.py | noise or invariants
--np.random.SeedSequence([number_, *seeds])
-+np.random.SeedSequence([number_])
+-np.random.SeedSequence([i, *seeds])
++np.random.SeedSequence([i])
 
 fooled points are attacked again | eval_attacks.py | invariants or verdicts
 -                robust[points[fooled]] = False
@@ -554,16 +554,16 @@ Square: horizontal stripes | eval_attacks.py | square
 +noise((channels, height, 1), index
 
 Square: half the change | eval_attacks.py | square
--tried[window] += 2 * eps * signs[query]
-+tried[window] += eps * signs[query]
+-best[window] + 2 * eps * signs[query]
++best[window] + eps * signs[query]
 
 Square accepts all | eval_attacks.py | square
--accepted = active & (tried_margin < margin)
+-accepted = active & (tried < margin)
 +accepted = active
 
 Square accepts equal margins | eval_attacks.py | square
--accepted = active & (tried_margin < margin)
-+accepted = active & (tried_margin <= margin)
+-accepted = active & (tried < margin)
++accepted = active & (tried <= margin)
 
 PGD-20 for evaluation starts at x | eval_attacks.py | invariants or verdicts
 -start = x + eps * (2 * noise
