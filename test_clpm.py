@@ -393,7 +393,7 @@ VARIANTS += ["mail-at --weight-norm mail", "clirat --exclude multi --weight-norm
 @pytest.mark.parametrize("method", [*METHODS, *VARIANTS])
 def test_algorithm_1(method, float64, tmp_path):
     words = f"--method {method} --epochs 2 --batch-size 16 --steps 3 --eps 0.01 --step-size 0.004 "
-    words += "--lr 0.05 --weight-decay 0.1 --eval-every 0 --device cpu --out"
+    words += "--lr 0.05 --weight-decay 0.1 --eval-every 0 --device cpu --seed 3 --out"
     args = clirat.parse_args([*words.split(), str(tmp_path)])
     assert (args.burn_in, args.lr_milestones) == (1, [1, 2])
     rng = np.random.default_rng(0)
@@ -434,6 +434,9 @@ def test_setup():
     assert len(group["params"]) == len(list(net.parameters()))
     assert [len(t) for t in data] == [200, 200, 300, 300]
     assert net.fc.out_features == 5
+    args.seed = 2
+    other = clirat.setup(args, torch.device("cpu"), (x, y, x, y), None)[1]
+    assert not torch.equal(net.fc.weight, other.fc.weight)
 
 
 def test_methods_and_schedule():

@@ -105,8 +105,8 @@ MART: weights dropped from the margin term | clirat.py | losses
 +weighted_mean(-torch.log(1.0001 - runner_up), None)
 
 MART: 1 - p_y dropped | clirat.py | losses
--(kl(logits_nat, logits_adv) * (1 - p_y)).mean()
-+kl(logits_nat, logits_adv).mean()
+-(divergence * (1 - p_y)).mean()
++divergence.mean()
 
 MART: 1 - p_y from x_adv | clirat.py | losses
 -p_y = logits_nat.softmax(1)
