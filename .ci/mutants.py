@@ -727,7 +727,7 @@ def run_tests(folder, *options):
     command += ["--basetemp", str(folder / "basetemp"), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     wide = os.environ | {"COLUMNS": "200"}  # or pytest cuts the reasons
-    # a session of its own, so that the processes that tests start end with it
+    # a group of its own, so that the processes that tests start end with it
     process = subprocess.Popen(command, cwd=folder, env=wide, start_new_session=True, **pipes)
     try:
         output, _ = process.communicate(timeout=TIMEOUT)

@@ -19,14 +19,13 @@ import eval_attacks
 import models
 
 
-def compare(model, x, y, batch_size, amp=False):
+def compare(model, x, y, batch_size, amp=False, eps=8 / 255):
     """Images that differ in their verdict, robust images after each of our stages, seconds.
 
     x: uint8 images (N, C, H, W). Returns (int, {stage: int}, ours, theirs).
     """
     from pyautoattack import AutoAttack
 
-    eps = 8 / 255
     begun = time.perf_counter()
     peer = AutoAttack(model, device=x.device, norm="Linf", eps=eps, version="standard", seed=0)
     x_adv = peer.run_standard_evaluation(x / 255, y, batch_size=len(x))
