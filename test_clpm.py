@@ -718,11 +718,14 @@ def test_accuracy_in_training():
     y = net(x).argmax(1) * (torch.arange(30) % 5 > 0)  # some are wrong from the start
     images, attack = (x * 255).round().byte(), clirat.attacks(args, net)[1]
     torch.manual_seed(0)
-    found = clirat.evaluate(net, attack, images, y, eps=0.03, batch_size=30)
+    starts = []
+    spied = lambda x, y, start: attack(x, y, starts.append(start) or start)  # noqa: E731
+    found = clirat.evaluate(net, spied, images, y, eps=0.03, batch_size=30)
     torch.manual_seed(0)
-    x = images / 255
+    x = images.to(memory_format=torch.channels_last) / 255
     start = x + torch.empty_like(x).uniform_(-0.03, 0.03)
     x_adv = pgd(net, x, y, eps=8 / 255, step_size=0.003, steps=20, init=start)
+    torch.testing.assert_close(starts[0], start)
     torch.testing.assert_close(attack(x, y, start)[0], x_adv)
     expected = [(net(z).argmax(1) == y).double().mean().item() for z in (x, x_adv)]
     assert found == pytest.approx(expected)
@@ -862,6 +865,91 @@ def test_square_goes_on_from_its_best():
         if margin < lowest:
             best, lowest, accepted = z, margin, accepted + 1
     assert 0 < accepted < 300
+
+
+def test_fab_against_its_formulas():
+    (x, y), net = small_images(1), small_network().double().eval()
+    x, seen = x.double(), []
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    eval_attacks.fab_t(net, x, y, eps=1e-4, steps=12)  # too small for any success
+    target, iterates, wrongs = net(x).scatter(1, y[:, None], -torch.inf).argmax(1), seen[2:26], 0
+    for i in range(0, 24, 2):
+        now, moved = iterates[i].clone().requires_grad_(), iterates[i + 1]
+        z = net(now)[0]
+        f = z[target] - z[y]
+        w = torch.autograd.grad(f, now)[0].flatten(1)
+        b = (w * now.detach().flatten(1)).sum(1) - f.detach()
+        d1, d2 = (eval_attacks.project(v.detach().flatten(1), w, b).view_as(x) for v in (now, x))
+        a1, a2 = d1.abs().max(), d2.abs().max()
+        alpha = min((a1 / (a1 + a2)).item(), 0.1)
+        expected = (now + 1.05 * d1) * (1 - alpha) + (x + 1.05 * d2) * alpha
+        torch.testing.assert_close(moved, expected.clamp(0, 1).detach())
+        wrong = net(moved).argmax(1) != y
+        wrongs += wrong.item()
+        if i < 22:
+            torch.testing.assert_close(iterates[i + 2], x + 0.9 * (moved - x) if wrong else moved)
+    assert wrongs > 0
+
+
+def test_attacks_by_name():
+    (x, y), net, eps = small_images(), small_network().eval(), 0.03
+    noise = eval_attacks.noise(x.shape[1:], torch.arange(12), 0)
+    assert torch.equal(noise[5:6], eval_attacks.noise(x.shape[1:], torch.tensor([5]), 0))
+    assert not torch.equal(noise, eval_attacks.noise(x.shape[1:], torch.arange(12), 1))
+    options = {"eps": eps, "step_size": 0.003, "init": x + eps * (2 * noise - 1)}
+    expected = {
+        "pgd20": pgd(net, x, y, steps=20, **options),
+        "pgd100": pgd(net, x, y, steps=100, **options),
+        "cw": pgd(net, x, y, steps=20, loss="cw", **options),
+        "fgsm": pgd(net, x, y, eps=eps, step_size=eps, steps=1, init="none"),
+    }
+    for name, images in expected.items():
+        found = eval_attacks.ATTACKS[name](net, x, y, eps=eps, batch_size=5)
+        torch.testing.assert_close(found, images)
+        alone = eval_attacks.ATTACKS[name](net, x[7:8], y[7:8], eps=eps, index=torch.tensor([7]))
+        torch.testing.assert_close(alone, images[7:8])
+    assert eval_attacks.STAGES["apgd-t"].keywords == {"loss": "targeted"}
+    with pytest.raises(RuntimeError, match="left the ball"):
+        eval_attacks.verdict(net, x, y, (x + 0.1).clamp(max=1), 0.05, 5)
+
+
+def test_points_leave_at_their_first_success():
+    calls = []
+
+    def attack(points, k):
+        calls.append((k, points.tolist()))
+        return torch.full((len(points), 3, 2, 2), k + 1.0), points == k
+
+    x_adv = eval_attacks.in_batches(attack, torch.zeros(4, 3, 2, 2), 3, targets=3)
+    assert calls == [(0, [0, 1, 2]), (0, [3]), (1, [1, 2, 3]), (2, [2, 3])]
+    assert x_adv[:, 0, 0, 0].tolist() == [1, 2, 3, 0]
+
+
+def test_what_is_attacked(monkeypatch):
+    class Odd(nn.Module):  # registered in another order than applied
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3)
+            nn.init.uniform_(self.bn.running_mean, 1, 2)
+
+        def forward(self, x):
+            return self.conv(self.bn(x)).flatten(1)
+
+    (x, _), net, odd, met = small_images(), small_network().eval(), Odd().eval(), {}
+    assert eval_attacks.stand_in(odd, x) is odd
+    for name in eval_attacks.STAGES:
+
+        def spy(model, x, y, *, judge, name=name, **_):
+            met[name] = next(model.parameters()).dtype, judge
+            return x
+
+        monkeypatch.setitem(eval_attacks.STAGES, name, spy)
+    eval_attacks.evaluate(net, (x * 255).byte(), net(x).argmax(1), ["aa"], eps=0.01, amp=True)
+    dtypes = {name: dtype for name, (dtype, _) in met.items()}
+    half = dict.fromkeys(("apgd-t", "fab-t"), torch.bfloat16)
+    assert {name: dtypes[name] for name in half} == half
+    assert dtypes["square"] == torch.float32
+    assert all(judge is net for _, judge in met.values())
 
 
 def test_the_judge_has_the_last_word():
@@ -1239,6 +1327,10 @@ def test_rows_by_hand(capsys):
     assert eval_attacks.paired_cell(ours, theirs) == "+25.00 ± 0.00 [+20.1, +29.9]"
     tables = pytest.approx((0.4038, 0.5962), abs=1e-4)  # as in tables of Wilson's interval
     assert eval_attacks.wilson(50, 100) == tables
+    rows = [("ours", {"method": "clirat"}, ours[:1]), ("base", {"method": "at"}, 0 * ours[:1])]
+    rows = [(name, row | {"arch": "a", "seed": 1}, robust > 0) for name, row, robust in rows]
+    eval_attacks.compare(rows, ["nat"], 100, 0.1)
+    assert "ours minus base, paired, seeds: 1 | 100 | 25.5/255 | +75.00" in capsys.readouterr().out
     metadata = {"method": "clirat", "arch": "resnet18"}
     assert eval_attacks.paper_row(metadata, ["aa", "fgsm"]) == ["45.50 ± 0.90", ""]
     assert eval_attacks.paper_row({"method": "clirat", "arch": "wrn-10-1"}, ["aa"]) is None
