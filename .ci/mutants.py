@@ -681,7 +681,7 @@ refresh forgets the running statistics | models.py | folding
 -shift = bn.bias - bn.running_mean * scale
 +shift = bn.bias - self.__dict__.setdefault(bn_name, bn.running_mean.clone()) * scale
 
-refresh takes over the BatchNorms alone | models.py | folding
+refresh takes over the BatchNorms alone | models.py | folding or algorithm_1 and clirat
 -            parameter.copy_(fresh[name])
 +            if any(name.startswith((bn, str(conv))) for bn, conv in self.folds):
 +                parameter.copy_(fresh[name])
