@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 TIMEOUT = 600  # seconds of one pytest run; an edit that makes it hang is noticed, too
+TESTS = "test_clpm.py", ".ci/test_programs.py"
 
 # name | file | pytest -k expression of the tests that should notice
 # -text to find, exactly once in the file
@@ -723,7 +724,7 @@ def run_tests(folder, *options):
 
     Exit status 0: all passed, 1: a test failed, None: it took longer than TIMEOUT.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *TESTS, "-qx", "-p", "no:cacheprovider"]
     command += ["--basetemp", str(folder / "basetemp"), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     wide = os.environ | {"COLUMNS": "200"}  # or pytest cuts the reasons
@@ -762,10 +763,10 @@ def try_mutant(root, mutant):
 
 
 def copy_of(root, folder):
-    """The top-level files of root, copied into folder, as a Path."""
-    for path in root.iterdir():
-        if path.is_file() and not path.name.startswith("."):
-            shutil.copy(path, folder)
+    """The code and tests of root, copied into folder, as a Path."""
+    for path in root.glob("*.py"):
+        shutil.copy(path, folder)
+    shutil.copytree(root / ".ci", Path(folder, ".ci"))
     return Path(folder)
 
 

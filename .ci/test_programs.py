@@ -1,0 +1,478 @@
+"""python -m pytest -q .ci/test_programs.py    other people's files, command lines, processes."""
+
+import argparse
+import contextlib
+import gc
+import io
+import json
+import math
+import shutil
+import types
+import warnings
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import clirat
+import eval_attacks
+import models
+from test_clpm import (
+    ATTACKS,
+    RunsCode,
+    X,
+    Y,
+    data,
+    desk,
+    refused,
+    run,
+    same,
+    same_run,
+    small_images,
+    small_network,
+    straight,
+)
+
+MORE = [
+    (clirat, "--method magic", "magic"),
+    (clirat, "--arch wrn-11-1", "wrn-11-1"),
+    (clirat, "--eps 2", "--eps"),
+    (clirat, "--lr nan", "finite"),
+    (clirat, "--method at --weight-norm mail", "--weight-norm does nothing"),
+    (clirat, "--data truncated.npz", "truncated.npz"),
+    (clirat, "--data test.npz", "x_train"),
+    (clirat, "--data grey_images.npz", "(50, 8, 8, 1)"),
+    (clirat, "--data negative_labels.npz", "-1"),
+    (clirat, "--data unknown_labels.npz", "0..4"),
+    (clirat, "--init nowhere.pt", "nowhere.pt"),
+    (clirat, "--init run/burnin.pt --method fat", "burn-in"),
+    (clirat, "--init run/burnin.pt --seed 2", "seed was 1, not 2"),
+    (clirat, "--init run/last.pt --epochs 4 --gamma 3", "gamma was 10.0, not 3.0"),
+    (clirat, "--init run/last.pt", "adds nothing"),
+    (clirat, "--out nothing --resume", "no run to resume"),
+    (clirat, "--out small.npz", "small.npz"),
+    (eval_attacks, "nowhere.pt", "nowhere.pt"),
+    (eval_attacks, "weights.pt --arch resnet18", "layer1.0.conv1.weight"),
+    (eval_attacks, "weights.pt --attacks nat magic", "magic"),
+    (eval_attacks, "weights.pt --n 31", "31"),
+    (eval_attacks, "weights.pt --eps -1", "--eps"),
+]
+
+
+@pytest.mark.parametrize(("program", "words", "message"), MORE)
+def test_more_bad_input(program, words, message, desk, capsys, monkeypatch):
+    monkeypatch.chdir(desk)
+    refused(program, words, message, desk, capsys)
+
+
+class FakeGraph:
+    """Records what a function was called with, and calls it again to replay it."""
+
+    recording = None
+
+    def replay(self):
+        function, inputs, outputs = self.call
+        for old, new in zip(outputs, function(*inputs), strict=True):
+            old.copy_(new)
+
+
+@contextlib.contextmanager
+def fake_recording(graph, **_):
+    FakeGraph.recording = graph
+    yield
+    FakeGraph.recording = None
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Everything runs on the CPU, but through the code for CUDA graphs."""
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"Stream": lambda device: stream, "current_stream": lambda device: stream}
+    fakes |= {"stream": contextlib.nullcontext, "graph_pool_handle": lambda: None}
+    fakes |= {"CUDAGraph": FakeGraph, "graph": fake_recording}
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    graphed, recorded = clirat.graphed, []
+
+    def on_cuda(function, device):
+        def noted(*inputs):
+            outputs = function(*inputs)
+            if FakeGraph.recording:
+                FakeGraph.recording.call = function, inputs, outputs
+                recorded.append([tuple(t.shape) for t in inputs])
+            return outputs
+
+        return graphed(noted, torch.device("cuda"))
+
+    monkeypatch.setattr(clirat, "graphed", on_cuda)
+    monkeypatch.setattr(eval_attacks, "graphed", on_cuda)
+    monkeypatch.setattr(eval_attacks, "graph_device", lambda model: torch.device("cuda"))
+    return recorded
+
+
+def test_a_replay_leaves_earlier_results_alone(fake_cuda):
+    double = clirat.graphed(lambda x: (2 * x,), torch.device("cuda"))
+    results = [double(torch.full((3,), float(i)))[0] for i in range(3)]
+    assert torch.stack(results).tolist() == [[0] * 3, [2] * 3, [4] * 3]
+    assert len(fake_cuda) == 1
+
+
+def test_graphs_of_attacks(request):
+    net, (x, y) = small_network(), small_images(7)
+    attacks = ATTACKS["apgd"], ATTACKS["apgd-t"], ATTACKS["fab-t"], ATTACKS["square"]
+    plain = [attack(net, x, y, eps=0.03, batch_size=20) for attack in attacks]
+    recorded = request.getfixturevalue("fake_cuda")
+    replayed = [attack(net, x, y, eps=0.03, batch_size=20) for attack in attacks]
+    assert {shapes[0][0] for shapes in recorded} <= {3, 6, 9}  # a few sizes, padded
+    for ours, theirs in zip(replayed, plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_path_of_cuda_graphs(data, straight, tmp_path, fake_cuda):
+    run(data, "--out", tmp_path / "run")
+    assert same_run(straight, tmp_path / "run")
+    sizes = [shapes[0][0] for shapes in fake_cuda]
+    assert sorted(sizes) == [10, 10, 20, 20]  # of the batches in training, of those in evaluation
+
+
+@pytest.mark.parametrize("options", ["--amp", "--compile", "--amp --method mail-trades"])
+def test_amp_and_compile(options, data, straight, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    run(data, "--out", tmp_path / "run", *options.split())
+    log, exact = (
+        torch.load(o / "last.pt", weights_only=True)["log"] for o in (tmp_path / "run", straight)
+    )
+    if "trades" not in options:
+        for ours, theirs in zip(log, exact, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
+    assert all(math.isfinite(row["loss"]) for row in log)
+
+
+def test_strides():
+    net = models.build("resnet18")
+    for stage, channels in (net.layer2, 64), (net.layer3, 128), (net.layer4, 256):
+        assert stage(torch.zeros(1, channels, 8, 8)).shape == (1, 2 * channels, 4, 4)
+
+
+def test_what_is_attacked(monkeypatch):
+    class Odd(nn.Module):  # registered in another order than applied
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3)
+            nn.init.uniform_(self.bn.running_mean, 1, 2)
+
+        def forward(self, x):
+            return self.conv(self.bn(x)).flatten(1)
+
+    (x, _), net, odd, met = small_images(), small_network().eval(), Odd().eval(), {}
+    assert eval_attacks.stand_in(odd, x) is odd
+    for name in eval_attacks.STAGES:
+
+        def spy(model, x, y, *, judge, name=name, **_):
+            met[name] = next(model.parameters()).dtype, judge
+            return x
+
+        monkeypatch.setitem(eval_attacks.STAGES, name, spy)
+    judges, verdict = [], eval_attacks.verdict
+
+    def spied_verdict(model, *rest):
+        judges.append(model)
+        return verdict(model, *rest)
+
+    monkeypatch.setattr(eval_attacks, "verdict", spied_verdict)
+    images = (x * 255).round().byte()
+    labels = net(images / 255).argmax(1)
+    eval_attacks.evaluate(net, images, labels, ["aa"], eps=0.01, amp=True)
+    assert all(model is net for model in judges)
+    dtypes = {name: dtype for name, (dtype, _) in met.items()}
+    half = dict.fromkeys(("apgd-t", "fab-t"), torch.bfloat16)
+    assert {name: dtypes[name] for name in half} == half
+    assert dtypes["square"] == torch.float32
+    assert all(judge is net for _, judge in met.values())
+
+
+def test_the_judge_has_the_last_word():
+    (x, y), net, other = small_images(), small_network(), small_network()
+    other[4].weight.data += 0.02 * torch.randn_like(other[4].weight)
+    for name in ("apgd", "fab-t", "square"):
+        before = [t.clone() for t in net.train().state_dict().values()]
+        x_adv = eval_attacks.STAGES[name](other, x, y, eps=0.02, judge=net)
+        assert all(map(torch.equal, before, net.state_dict().values()))
+        net.eval()
+        moved = (x_adv != x).flatten(1).any(1)
+        assert moved.any()
+        assert (net(x_adv[moved]).argmax(1) != y[moved]).all()
+
+
+def test_a_new_attack_gets_its_column(data, straight, monkeypatch, capsys):
+    monkeypatch.setitem(
+        eval_attacks.ATTACKS,
+        "grey",
+        lambda model, x, y, *, eps, **_: x + (0.5 - x).clamp(-eps, eps),
+    )
+    words = [str(straight / "last.pt"), "--data", str(data), "--attacks", "nat", "grey"]
+    eval_attacks.main([*words, "--device", "cpu"])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[2].endswith("| NAT | GREY |")
+    assert rows[4].count("[") == 2
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda z: z, None),
+        (lambda z: z.softmax(1), "probabilities"),
+        (lambda z: z + torch.randn_like(z), "random"),
+        (lambda z: (z * 0).round(), "zero or NaN at 100%"),
+        (lambda z: (z - z).sqrt() + z, "zero or NaN at 100%"),
+    ],
+)
+def test_doubts_reach_python_users(output, message):
+    (x, y), net = small_images(), small_network().eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        eval_attacks.autoattack(lambda x: output(net(x)), x, torch.zeros_like(y), eps=0.0)
+    texts = [str(w.message) for w in caught]
+    assert [text for text in texts if message and message in text] or not message
+    assert len(texts) == bool(message)
+
+
+def test_masking():
+    figures = {"pgd20": 50.0, "aa": 48.0, "fab-t": 50.0, "square": 50.0}
+    cases = ({}, 0), ({"aa": 46.0}, 1), ({"square": 49.0}, 1)
+    for change, expected in cases:
+        found = {name: {"accuracy": value} for name, value in (figures | change).items()}
+        assert len(eval_attacks.masking(found)) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (lambda x: (small_network()(x),), TypeError, "tuple"),
+        (small_network().half(), TypeError, "does not take"),
+        (small_network(k=5), ValueError, "labels in 0..4"),
+        (lambda x: small_network().eval()(x).argmax(1), TypeError, "logits"),
+    ],
+)
+def test_attacks_refuse_models(model, error, message):
+    for attack in ATTACKS.values():
+        if attack is not ATTACKS["nat"]:
+            with pytest.raises(error, match=message):
+                attack(model, X, Y, eps=0.1)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "wrn-10-2", "wrn-16-1"])
+def test_other_peoples_checkpoints(name, tmp_path):
+    net, path = models.build(name, 5), tmp_path / "theirs.pt"
+    state, x = net.state_dict(), torch.rand(2, 3, 16, 16)
+    expected = net.eval()(x)
+    beside = {"epoch": 3, "best": np.float64(0.5), "path": Path("a/b"), "arch": "ResNet18"}
+    beside |= {"rng": np.random.get_state()}
+    beside |= {"optimizer": {"state": {}}, "args": argparse.Namespace(lr=0.1, out=Path("x"))}
+    files = [{key: state} | beside for key in ("net", "model", "state_dict", "weights")]
+    prefixes = (
+        "1.",
+        "module.",
+        "model.",
+        "_orig_mod.",
+        "module.module.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+    )
+    files += [{prefix + key: value for key, value in state.items()} for prefix in prefixes]
+    files += [state | {"sub_block1.layer.0.bn1.weight": torch.ones(1)}]
+    files += [{key: v for key, v in state.items() if "num_batches" not in key}]
+    files += [{"net": state, "args": None}, {"net": state, "args": [1]}]
+    for file in files:
+        torch.save(file, path)
+        ours, metadata = models.load(path)
+        torch.testing.assert_close(ours(x), expected)
+        assert metadata["arch"] == name
+    torch.save(files[0], path)
+    assert models.load(path)[1] == {"epoch": 3, "best": 0.5, "arch": name, "lr": 0.1}
+
+
+WRN = models.build("wrn-10-1").state_dict()
+
+
+# what -> a file's bytes or its contents for torch.save, words of the message
+REFUSED = {
+    "code": (RunsCode(), "not loaded.*state_dict"),
+    "module": (small_network(), "whole model"),
+    "list": ([1, 2], "a list"),
+    "other keys": ({"model": {"a": torch.ones(1)}}, "no weights of ResNet-18"),
+    "web page": (b"\n<!DOCTYPE html><html>", "web page"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "safetensors": (b"\x40\0\0\0\0\0\0\0{\"conv1.weight\":", "safetensors.torch"),
+    "text": (b"not a checkpoint", "not loaded|cannot be"),
+    "empty": (b"", "cannot be read"),
+    "nan": (WRN | {"fc.bias": torch.full((10,), math.nan)}, "not finite"),
+    "normalising": (WRN | {"mean": torch.ones(3)}, "normalises"),
+    "deeper": (WRN | {"block1.conv3.weight": torch.ones(1)}, "unknown block1.conv3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_checkpoints(what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, message = REFUSED[what]
+    path = tmp_path / "theirs.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match=message) as error:
+        models.load(path)
+    assert "\n" not in str(error.value)
+    assert not Path("hacked").exists()
+    torch.jit.script(nn.Linear(2, 2)).save(path)
+    with pytest.raises(ValueError, match="TorchScript"):
+        models.load(path)
+
+
+def test_cifar10_folders(tmp_path, monkeypatch):
+    asked, errors = [], []
+
+    def fake(folder, train, download):
+        asked.append(Path(folder))
+        raise errors[-1]
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", fake)
+    inner = tmp_path / "cifar-10-batches-py"
+    inner.mkdir()
+    for error, message in (
+        (PermissionError("read-only"), "cannot write"),
+        (OSError("no route"), "no download.*damaged.*toy"),
+        (RuntimeError("corrupted"), "is damaged.*delete it"),
+    ):
+        errors.append(error)
+        with pytest.raises((OSError, ValueError), match=message):
+            clirat.load_data(str(inner))
+    assert asked == [tmp_path] * 3
+
+
+def evaluate_files(*words):
+    eval_attacks.main([*map(str, words), "--device", "cpu"])
+
+
+def test_evaluation_files(data, straight, tmp_path, capsys):
+    checkpoint, paths = torch.load(straight / "last.pt", weights_only=True), []
+    for method in ("mail-at", "clirat", "at"):
+        for seed in (1, 2):
+            checkpoint["args"] |= {"method": method, "seed": seed}
+            paths.append(tmp_path / f"{method}-s{seed}" / "last.pt")
+            paths[-1].parent.mkdir()
+            torch.save(checkpoint, paths[-1])
+    figures = tmp_path / "figures.json"
+    options = ["--data", data.with_name("test.npz"), "--attacks", "nat", "pgd20", "--json", figures]
+    for n, eps in ((10, "1/255"), (10, "8/255"), (30, "1/255")):
+        evaluate_files(*paths, *options, "--n", n, "--eps", eps)
+    rows = capsys.readouterr().out.strip().splitlines()[-13:]
+    assert rows[0] == "| checkpoint | n | eps | NAT | PGD20 |"
+    assert rows[2].split("|")[2:] == rows[3].split("|")[2:]
+    assert "at/last.pt, mean ± std of 2 seeds | 30 | 1/255" in rows[8]
+    pairs = [row.split("|")[1].strip() for row in rows[11:]]
+    ending = "minus at/last.pt, paired, seeds: 2"
+    assert pairs == [f"mail-at/last.pt {ending}", f"clirat/last.pt {ending}"]
+    assert rows[12].endswith("| +0.00 ± 0.00 | +0.00 ± 0.00 |")  # 30 images: no interval
+    told = json.loads(figures.read_text())
+    net, _ = models.load(paths[0])
+    x, y = clirat.load_data(str(data), ["test"])
+    expected = eval_attacks.evaluate(net, x, y, ["nat", "pgd20"], eps=1 / 255)
+    for name, verdicts in expected.items():
+        assert told[0]["attacks"][name]["robust"] == (verdicts == 0).sum()
+    assert told[0]["training"]["method"] == "mail-at"
+    kept = np.load(f"{paths[0]}.eval.npz")
+    lengths = [(kept[name] >= 0).sum() for name in kept.files if "pgd20" in name]
+    assert sorted(lengths) == [10, 30]
+
+
+def test_rows_by_hand(capsys):
+    ours = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]]).bool().repeat(1, 25)
+    theirs = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 1]]).bool().repeat(1, 25)
+    # both seeds 25 points; images 50, 50, 0, 0 points: 25 +- 1.96 * 25.13 / 10
+    assert eval_attacks.paired_cell(ours, theirs) == "+25.00 ± 0.00 [+20.1, +29.9]"
+    tables = pytest.approx((0.4038, 0.5962), abs=1e-4)  # as in tables of Wilson's interval
+    assert eval_attacks.wilson(50, 100) == tables
+    rows = [("ours", {"method": "clirat"}, ours[:1]), ("base", {"method": "at"}, 0 * ours[:1])]
+    rows = [(name, row | {"arch": "a", "seed": 1}, robust > 0) for name, row, robust in rows]
+    eval_attacks.compare(rows, ["nat"], 100, 0.1)
+    assert "ours minus base, paired, seeds: 1 | 100 | 25.5/255 | +75.00" in capsys.readouterr().out
+    metadata = {"method": "clirat", "arch": "resnet18"}
+    assert eval_attacks.paper_row(metadata, ["aa", "fgsm"]) == ["45.50 ± 0.90", ""]
+    assert eval_attacks.paper_row({"method": "clirat", "arch": "wrn-10-1"}, ["aa"]) is None
+
+
+def test_verdicts_that_cannot_be_kept(data, straight, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a b.pt"
+    shutil.copy(straight / "last.pt", path)
+
+    def read_only(*_):
+        raise PermissionError("read-only folder")
+
+    monkeypatch.setattr(eval_attacks, "write", read_only)
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", ascii_only)
+    evaluate_files(path, "--data", data, "--attacks", "nat", "--n", "7", "--batch-size", "2")
+    monkeypatch.undo()
+    assert capsys.readouterr().err == "note: verdicts are not kept: read-only folder\n"
+    ascii_only.seek(0)
+    assert "a b.pt | 7 |" in ascii_only.read()
+
+
+def work(rank, world, folder):
+    if world > 1:
+        store = f"file://{folder}/store"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    net, (x, y) = small_network().eval(), small_images(13)
+    attacks = ["pgd20", "apgd"]
+    verdicts = eval_attacks.evaluate(net, (x * 255).byte(), y, attacks, eps=0.02, batch_size=4)
+    results = {"verdicts": verdicts}
+    clirat.augment = lambda x: x / 255  # the processes would draw their own
+    x, y = torch.randint(256, (24, 3, 8, 8), dtype=torch.uint8), torch.arange(24) % 5
+    for words in ("clirat", "clir-trades", "mail-mart", "clirat --exclude single"):
+        torch.manual_seed(0)
+        # no BatchNorm, of which each process would see half
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+        args = clirat.parse_args(["--batch-size", "8", "--method", *words.split()])
+        model = clirat.distributed(net)
+        attack = lambda x, y, start, tau: (x.flip(3), y)  # noqa: E731
+        seen = clirat.train_epoch(args, 76, model, attack, optimizer, x, y)
+        batches = seen.view(3, 3, 8)  # (3, batches, m)
+        results[words] = [net.state_dict(), batches.sort(2).values[1:], batches[0].mean(1)]
+        del model  # holds the group
+    if rank == 0:
+        torch.save(results, f"{folder}/results-{world}.pt")
+    if world > 1:
+        gc.collect()  # as in main
+        dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    torch.multiprocessing.spawn(work, (2, tmp_path), nprocs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clirat, "augment", clirat.augment)  # `work` replaces it
+        work(0, 1, tmp_path)
+    one, two = (torch.load(tmp_path / f"results-{world}.pt") for world in (1, 2))
+    assert same(one.pop("verdicts"), two.pop("verdicts"))
+    for words in one:
+        torch.testing.assert_close(one[words], two[words], atol=1e-5, rtol=1e-4)
+
+
+def meet_bad_input(rank, folder):
+    for bad_rank in 0, 1:
+        store = f"file://{folder}/store-{bad_rank}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+        device, error = "nowhere" if rank == bad_rank else "cpu", io.StringIO()
+        with contextlib.redirect_stderr(error), pytest.raises(SystemExit, match="2"):
+            clirat.main(["--data", "toy", "--device", device, "--out", f"{folder}/run"])
+        said = "clirat.py: error: --device nowhere"
+        assert error.getvalue().startswith(said) == (rank == 0)
+        assert error.getvalue().count("\n") == (rank == 0)
+
+
+def test_bad_input_of_one_process_ends_all(tmp_path):
+    torch.multiprocessing.spawn(meet_bad_input, (tmp_path,), nprocs=2)
+    assert not (tmp_path / "run").exists()
