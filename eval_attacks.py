@@ -59,8 +59,8 @@ from clirat import (
 # ---- Common --------------------------------------------------------------------------------------
 
 
-def check_model(model, x, y, eps):
-    """What an attack cannot take is a ValueError or TypeError in one line. Returns K."""
+def checked(model, x, y, eps, index=None):
+    """An attack's x, y, index and K; what it cannot take is a ValueError or TypeError."""
     check_attack(x, y, eps)
     with frozen(model), torch.no_grad():
         try:
@@ -75,7 +75,8 @@ def check_model(model, x, y, eps):
         raise TypeError(f"the model must return logits (N, K), not {found}: {hint}")
     if y.max() >= logits.shape[1]:
         raise ValueError(f"want labels in 0..{logits.shape[1] - 1}, got {y.max()}")
-    return logits.shape[1]
+    index = torch.arange(len(x)) if index is None else index.cpu()
+    return x.detach(), y.long(), index, logits.shape[1]
 
 
 def noise(shape, index, *seeds):
@@ -103,28 +104,31 @@ def in_batches(attack, x, batch_size, targets=1):
     return x_adv
 
 
-def on_active(function, device, batch_size):
+def graph_device(model):
+    """Where to record CUDA graphs: nowhere (cpu) but for copies of networks that read no value."""
+    if isinstance(model, models.Folded) and isinstance(model.net, models.NETWORKS):
+        return next(model.parameters()).device
+    return torch.device("cpu")
+
+
+def on_active(function, model, batch_size):
     """function of rows -> the same with a mask before them: it sees, and gives, active rows alone.
 
-    The other rows are 0. On CUDA it is recorded for four sizes, to which the rows are padded.
+    The other rows are 0. In a CUDA graph the rows are padded to one of eight sizes.
     """
-    run, quarter = graphed(function, device), math.ceil(batch_size / 4)
+    device = graph_device(model)
+    run, eighth = graphed(function, device), math.ceil(batch_size / 8)
 
     def call(active, *rows):
         index = active.nonzero().squeeze(1)  # (n,)
-        padded = F.pad(index, (0, -len(index) % quarter)) if device.type == "cuda" else index
-        outputs = []
+        padded = F.pad(index, (0, -len(index) % eighth)) if device.type == "cuda" else index
+        results = []
         for output in run(*(t[padded] for t in rows)):
-            outputs.append(output.new_zeros(len(active), *output.shape[1:]))
-            outputs[-1][index] = output[: len(index)]
-        return outputs
+            zeros = output.new_zeros(len(active), *output.shape[1:])
+            results.append(zeros.index_copy_(0, index, output[: len(index)]))
+        return results
 
     return call
-
-
-def graph_device(model, x):
-    """Where CUDA graphs may be recorded: on this repository's copies, which look at no value."""
-    return x.device if isinstance(model, models.Folded) else torch.device("cpu")
 
 
 def confirmed(judge, wrong, x, y):
@@ -193,11 +197,10 @@ def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_si
     Returns (N, C, H, W): a point's first misclassified iterate, x where there is none.
     ValueError on another loss or too few classes for it.
     """
-    check_model(model, x, y, eps)
+    x, y, index, _ = checked(model, x, y, eps, index)
     if loss not in ("ce", "dlr", "targeted"):
         raise ValueError(f"unknown loss {loss!r}: use ce, dlr or targeted")
-    x, y, checks = x.detach(), y.long(), apgd_checks(steps)
-    index = torch.arange(len(x)) if index is None else index
+    checks = apgd_checks(steps)
 
     def loss_and_grad(x, y, target):
         x = x.detach().requires_grad_()
@@ -209,7 +212,7 @@ def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_si
         (grad,) = torch.autograd.grad(value.sum(), x)
         return value.detach(), grad, logits.detach()
 
-    look = on_active(loss_and_grad, graph_device(model, x), batch_size)
+    look = on_active(loss_and_grad, model, batch_size)
 
     def attack(points, k):
         clean, labels, target = x[points], y[points], targets[k, points]
@@ -285,8 +288,7 @@ def fab_t(model, x, y, *, eps, steps=100, seed=0, index=None, batch_size=64, jud
     point, x where none was found. A point leaves at its first: FAB would go on to lessen its
     distance, which the verdict does not need.
     """
-    check_model(model, x, y, eps)
-    x, y = x.detach(), y.long()
+    x, y, _, _ = checked(model, x, y, eps)
 
     def boundary(x, y, target):  # of the linearised classifier: <w, .> = b
         x = x.detach().requires_grad_()
@@ -299,8 +301,8 @@ def fab_t(model, x, y, *, eps, steps=100, seed=0, index=None, batch_size=64, jud
         with torch.no_grad():
             return (model(x),)
 
-    look = on_active(boundary, graph_device(model, x), batch_size)
-    classify = on_active(forward, graph_device(model, x), batch_size)
+    look = on_active(boundary, model, batch_size)
+    classify = on_active(forward, model, batch_size)
 
     def attack(points, k):
         clean, labels, target = x[points], y[points], targets[k, points]
@@ -348,9 +350,8 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64,
     top of the file. Returns (N, C, H, W): for each point an image whose margin is not positive, x
     where none was found.
     """
-    check_model(model, x, y, eps)
-    x, y, (channels, height, width) = x.detach(), y.long(), x.shape[1:]
-    index = torch.arange(len(x)) if index is None else index
+    x, y, index, _ = checked(model, x, y, eps, index)
+    channels, height, width = x.shape[1:]
     generator = torch.Generator().manual_seed(seed)
     places = torch.rand(queries, 2, generator=generator, dtype=torch.float64).tolist()
     signs = torch.rand(queries, channels, 1, 1, generator=generator).sub(0.5).sign().to(x)
@@ -359,7 +360,7 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64,
         with torch.no_grad():
             return (pm(model(x), y),)
 
-    look = on_active(margin_of, graph_device(model, x), batch_size)
+    look = on_active(margin_of, model, batch_size)
 
     def attack(points, _):
         clean, labels = x[points], y[points]
@@ -400,8 +401,7 @@ def uniform_pgd(
 
     Returns the last iterate (N, C, H, W), whatever happened on the way: judge is ignored.
     """
-    check_model(model, x, y, eps)
-    index = torch.arange(len(x)) if index is None else index
+    x, y, index, _ = checked(model, x, y, eps, index)
     start = x + eps * (2 * noise(x.shape[1:], index, seed).to(x) - 1)
     options = {"eps": eps, "step_size": step_size, "steps": steps, "loss": loss}
     batches = zip(*(t.split(batch_size) for t in (x, y, start)), strict=True)
@@ -410,7 +410,7 @@ def uniform_pgd(
 
 def fgsm(model, x, y, *, eps, batch_size=64, **_):
     """Fast gradient sign method (Eq. 1): one step of eps from x."""
-    check_model(model, x, y, eps)
+    x, y, _, _ = checked(model, x, y, eps)
     parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
     options = {"eps": eps, "step_size": eps, "steps": 1, "init": "none"}
     return torch.cat([pgd(model, *part, **options) for part in parts])
@@ -428,12 +428,12 @@ def autoattack(model, x, y, *, eps, seed=0, index=None, batch_size=64, judge=Non
     found or where x itself is misclassified. Warns where the model makes the result doubtful. On
     CUDA set torch.backends.cudnn.allow_tf32 = False before: convolutions are not float32 else.
     """
-    classes = check_model(model, x, y, eps)
+    x, y, index, classes = checked(model, x, y, eps, index)
     for doubt in doubts(model, x, y):
         warnings.warn(doubt, stacklevel=2)
-    x, y, x_adv = x.detach(), y.long(), x.detach().clone()
-    index = torch.arange(len(x)) if index is None else index
-    judge = judge or model
+    x_adv = x.clone()
+    if judge is None:
+        judge, model = model, stand_in(model, x[:8])
     with frozen(judge):
         robust = (~is_wrong(logits_of(judge, x, batch_size), y)).nonzero().squeeze(1)  # (R,) of x
     for name in applicable(STAGES, classes):
@@ -481,11 +481,17 @@ def verdict(model, x, y, x_adv, eps, batch_size):
         return is_wrong(logits_of(model, x_adv, batch_size), y)
 
 
+def layout(device):
+    """The faster memory format for float32; on CUDA that is the other one, without TF32."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+
+
 def stand_in(model, x, dtype=None):
     """A faster copy of the model to attack, or the model itself if x tells it from that copy."""
     with contextlib.suppress(Exception), frozen(model), torch.no_grad():
         if torch.allclose(models.Folded(model)(x), model(x), rtol=1e-4, atol=1e-4):
-            return models.Folded(model, dtype)
+            copy = models.Folded(model, dtype)
+            return copy.to(memory_format=torch.channels_last) if dtype else copy
     return model
 
 
@@ -520,7 +526,7 @@ def evaluate(
         raise TypeError(f"want uint8 images, got {x.dtype}: multiply those in [0, 1] by 255, round")
     n, (rank, world) = n or len(x), rank_and_world()
     verdicts = {} if verdicts is None else verdicts
-    classes = check_model(model, x[:8] / 255, y[:8], eps)
+    *_, classes = checked(model, x[:8] / 255, y[:8], eps)
     if len(y) != len(x) or not 0 <= y.min() <= y.max() < classes:
         raise ValueError(f"want {len(x)} labels in 0..{classes - 1}, got {len(y)} up to {y.max()}")
     fast = stand_in(model, x[:8] / 255)
@@ -534,9 +540,9 @@ def evaluate(
         if name in STAGES:
             todo &= survivors(verdicts, chain(name)[:-1], n)
         todo = todo.nonzero().squeeze(1)[rank::world]
-        chunk = batch_size if x.device.type == "cpu" else 4 * batch_size  # recorded for each anew
+        chunk = batch_size if x.device.type == "cpu" else 8 * batch_size  # recorded for each anew
         for index in progress(todo.split(chunk) if len(todo) else [], name):
-            images, labels = x[index].to(memory_format=torch.channels_last) / 255, y[index]
+            images, labels = x[index].to(memory_format=layout(x.device)) / 255, y[index]
             options = {"eps": eps, "seed": seed, "index": index, "batch_size": batch_size}
             attack = (STAGES | ATTACKS)[name]
             attacked = fast if name == "square" else half
@@ -712,7 +718,15 @@ def digest(*tensors):
     return sha.hexdigest()[:16]
 
 
+def verdict_file(checkpoint):
+    return checkpoint.with_name(f"{checkpoint.name}.eval.npz")
+
+
 def read_archive(path):
+    """The arrays of a file of verdicts, none if there is no file.
+
+    `<key>/<attack>` is an int8 an image, `<key>/settings` says, as JSON, what the key stands for.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
@@ -722,27 +736,7 @@ def read_archive(path):
         raise ValueError(f"{path} is damaged ({error}): delete it to evaluate afresh") from None
 
 
-def key_of(settings):
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def read_verdicts(path, settings):
-    """Verdicts kept for exactly these settings, as `evaluate` returns them."""
-    prefix = f"{key_of(settings)}/"
-    arrays = {
-        k.removeprefix(prefix): v for k, v in read_archive(path).items() if k.startswith(prefix)
-    }
-    return {name: torch.from_numpy(v) for name, v in arrays.items() if name != "settings"}
-
-
-def write_verdicts(path, settings, verdicts):
-    """Keep verdicts in an .npz file, `<key>/<attack>` an int8 an image.
-
-    `<key>/settings` says, as JSON, what the key stands for. Those of other settings stay.
-    """
-    key = key_of(settings)
-    arrays = read_archive(path) | {f"{key}/{name}": t.numpy() for name, t in verdicts.items()}
-    arrays[f"{key}/settings"] = np.array(json.dumps(settings))
+def write_archive(path, arrays):
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write(path, buffer.getbuffer())
@@ -768,7 +762,7 @@ def parse_args(argv):
     add("--arch", "resnet18 or wrn-D-K (default: what a checkpoint says or shows)", type=str)
     add("--data", "folder of CIFAR-10, FILE.npz or toy", "data", type=str)
     add("--n", "on the first N test images (default: all)", type=number(int, 1))
-    add("--batch-size", "of a forward pass (default: 64, on CUDA 512)", type=number(int, 1))
+    add("--batch-size", "of a forward pass (default: 64, on CUDA 128)", type=number(int, 1))
     add("--eps", "L-infinity radius", "8/255", type=number(float, 0, 1))
     add("--seed", "of the attacks' noise", 0, type=number(int, 0, 2**31))
     add("--amp", "attack in bfloat16; only float32 counts an image as fooled", action="store_true")
@@ -776,7 +770,7 @@ def parse_args(argv):
     add("--json", "write the figures there as well", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     args.attacks = list(dict.fromkeys(args.attacks or PAPER_COLUMNS))
-    args.batch_size = args.batch_size or (512 if args.device.startswith("cuda") else 64)
+    args.batch_size = args.batch_size or (128 if args.device.startswith("cuda") else 64)
     args.checkpoints = list(
         {Path(path).resolve(): Path(path) for path in args.checkpoints}.values()
     )
@@ -791,12 +785,16 @@ def evaluate_one(args, path, model, metadata, data):
     x, y = data
     common = {"data": digest(x, y), "eps": args.eps, "seed": args.seed, "amp": args.amp}
     settings = common | {"version": VERSION, "weights": digest(*model.state_dict().values())}
-    kept = path.with_name(f"{path.name}.eval.npz")
-    verdicts, notes = read_verdicts(kept, settings), []
+    text, kept, notes = json.dumps(settings, sort_keys=True), verdict_file(path), []
+    key = hashlib.sha256(text.encode()).hexdigest()[:12]
+    arrays = read_archive(kept)  # those of other settings stay
+    verdicts = {name: torch.from_numpy(arrays[f"{key}/{name}"])
+                for name in [*ATTACKS, *STAGES] if f"{key}/{name}" in arrays}  # fmt: skip
 
     def save(verdicts):
+        ours = {f"{key}/{name}": t.numpy() for name, t in verdicts.items()}
         try:
-            write_verdicts(kept, settings, verdicts)
+            write_archive(kept, read_archive(kept) | ours | {f"{key}/settings": np.array(text)})
         except OSError as error:
             if not notes:
                 print(f"note: verdicts are not kept: {error}", file=sys.stderr)
@@ -814,9 +812,9 @@ def evaluate_one(args, path, model, metadata, data):
 
 def main(argv=None):
     args, program = parse_args(argv), "eval_attacks.py"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
-        False  # float32 verdicts
-    )
+    torch.backends.cuda.matmul.allow_tf32 = False  # float32 verdicts
+    torch.backends.cudnn.allow_tf32 = False
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     with contextlib.suppress(AttributeError):  # what a terminal can't show becomes ?
         sys.stdout.reconfigure(errors="replace")
     with bad_input_ends_all(program):
@@ -834,9 +832,9 @@ def main(argv=None):
             ten = not args.data.endswith(".npz")  # CIFAR-10 and toy; a test set may lack the last
             if y.max() >= classes or (ten and classes != 10):
                 raise ValueError(f"{path} knows {classes} classes, {args.data} has {y.max() + 1}")
-            read_archive(path.with_name(f"{path.name}.eval.npz"))
+            read_archive(verdict_file(path))
 
-    results, runs = [], []
+    results, runs, status, message = [], [], 0, None
     if is_lead():
         images = f"{args.n} of {len(x)} test images {tuple(x.shape[1:])}, {y.max() + 1} classes"
         print(f"{args.data}: {images}, on {device}\n")
@@ -845,7 +843,7 @@ def main(argv=None):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for path, (model, metadata) in zip(args.checkpoints, networks, strict=True):
-            model.to(device, memory_format=torch.channels_last)
+            model.to(device, memory_format=layout(device))
             verdicts, result = evaluate_one(args, path, model, metadata, (x, y))
             if not is_lead():
                 continue
@@ -866,11 +864,11 @@ def main(argv=None):
             runs.append((run_name(path), metadata, torch.stack(robust)))  # (A, n)
         compare(runs, args.attacks, args.n, args.eps)
     except KeyboardInterrupt:
-        stop(130, f"\n{program}: stopped: the same command goes on from there")
+        status, message = 130, f"\n{program}: stopped: the same command goes on from there"
     except OSError as error:
-        stop(1, f"{program}: cannot write ({error}); the verdicts kept so far are whole")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        status = 1
+        message = f"{program}: cannot write ({error}); the verdicts kept so far are whole"
+    stop(status, message)
 
 
 if __name__ == "__main__":

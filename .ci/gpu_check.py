@@ -306,39 +306,38 @@ def autoattack(options):
     args, net, optimizer, attack, x, y = speed.prepare(words, data, options.device)
     for epoch in range(1, epochs + 1):
         clirat.train_epoch(args, epoch, net, attack, optimizer, x, y)
-    net.eval()
     settings(tf32=False)
-    x, y = data[2].to(options.device) / 255, data[3].to(options.device)
+    x, y = data[2].to(options.device), data[3].to(options.device)
+    net.eval().to(memory_format=eval_attacks.layout(x.device))
 
-    def ours(x, y):
-        return eval_attacks.autoattack(net, x, y, eps=8 / 255, seed=0, batch_size=128)
-
-    def timed(attack, n):
-        begun = time.perf_counter()
-        x_adv = attack(x[:n], y[:n])
-        with torch.no_grad():
-            robust = (net(x_adv).argmax(1) == y[:n]).tolist()  # waits for the device
+    def ours(n):
+        begun, case = time.perf_counter(), (net, x[:n], y[:n], ["aa"])
+        verdicts = eval_attacks.evaluate(*case, eps=8 / 255, batch_size=128)
+        robust = eval_attacks.survivors(verdicts, [*verdicts], n).tolist()
         return robust, time.perf_counter() - begun
 
-    robust, spent = timed(ours, n)
+    robust, spent = ours(n)
     yield f"{n} images", f"{spent:.1f} s, {sum(robust)} robust", ""
     if importlib.util.find_spec("pyautoattack"):
         from pyautoattack import AutoAttack
 
+        begun = time.perf_counter()
         theirs = AutoAttack(net, device=options.device, eps=8 / 255, seed=0)
-        theirs = functools.partial(theirs.run_standard_evaluation, batch_size=128)
-        expected, longer = timed(lambda x, y: theirs(x, y)[0], n)
+        x_adv = theirs.run_standard_evaluation(x[:n] / 255, y[:n], batch_size=128)[0]
+        with torch.no_grad():
+            expected = (net(x_adv).argmax(1) == y[:n]).tolist()
+        longer = time.perf_counter() - begun
         found, good = f"{longer:.1f} s, {sum(expected)} robust", robust == expected
         yield "pyautoattack, the same verdicts", found, judge(good)
         state = "" if cpu else judge(longer >= 1.5 * spent, "slow")
         yield "its time over ours", f"{longer / spent:.2f}", state
-    robust, spent = timed(ours, len(x))
+    robust, spent = ours(len(x))
     state = "" if cpu else judge(spent <= 60, "slow")
     yield f"{len(x)} images", f"{spent:.1f} s, {sum(robust)} robust", state
 
 
 def tests(options):
-    command = [sys.executable, "-m", "pytest", "-q"]
+    command = [sys.executable, "-m", "pytest", "-q", "test_clpm.py", ".ci/test_programs.py"]
     command += ["--collect-only"] if options.device == "cpu" else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = (done.stdout + done.stderr).strip().splitlines()
