@@ -601,13 +601,15 @@ def bad_input_ends_all(program):
         stop(2, message)
 
 
-def stop(status, message):
-    """End this process; the lead says why."""
-    if is_lead():
+def stop(status, message=None):
+    """Leave the group and, unless status is 0, end this process; the lead says why."""
+    if message and is_lead():
         print(message, file=sys.stderr)
     if dist.is_initialized():
+        gc.collect()  # DistributedDataParallel holds the group, whose threads would abort the end
         dist.destroy_process_group()
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -945,6 +947,7 @@ def main(argv=None):
     with contextlib.suppress(AttributeError):  # what a terminal can't show becomes ?
         sys.stdout.reconfigure(errors="replace")
     program, out, state = "clirat.py", Path(args.out), {"epoch": 0}
+    status, message = 0, None
     try:
         with bad_input_ends_all(program):  # what is known without the data
             device = join_processes(args.device, args.amp)
@@ -963,24 +966,21 @@ def main(argv=None):
                 write(out / "args.json", json.dumps(settings(args), indent=2).encode() + b"\n")
                 introduce(args, device, data)
         train(args, data, net, distributed(net), optimizer, state)
+        if is_lead():
+            command = ["python", "eval_attacks.py", str(out / "last.pt"), "--data", args.data]
+            command += ["--eps", str(args.eps)] if args.eps != 8 / 255 else []
+            print(f"Evaluate it: {shlex.join(command)}")
     except KeyboardInterrupt:
-        done = state["epoch"]
-        hint = "; the same command with --resume goes on" if 0 < done < args.epochs else ""
-        stop(130, f"\n{program}: stopped after epoch {done}{hint}")
+        hint = "; the same command with --resume goes on"
+        hint = hint if 0 < state["epoch"] < args.epochs else ""
+        status, message = 130, f"\n{program}: stopped after epoch {state['epoch']}{hint}"
     except FloatingPointError as error:
-        saved = (
-            f"epoch {state['epoch']} is the last one saved" if state["epoch"] else "none is saved"
-        )
-        stop(1, f"{program}: stopped at {error}; {saved}")
+        saved = f"epoch {state['epoch']} is the last one saved"
+        saved = saved if state["epoch"] else "none is saved"
+        status, message = 1, f"{program}: stopped at {error}; {saved}"
     except OSError as error:
-        stop(1, f"{program}: cannot write to {out} ({error}); what is there is whole")
-    if is_lead():
-        command = ["python", "eval_attacks.py", str(out / "last.pt"), "--data", args.data]
-        command += ["--eps", str(args.eps)] if args.eps != 8 / 255 else []
-        print(f"Evaluate it: {shlex.join(command)}")
-    if dist.is_initialized():
-        gc.collect()  # DistributedDataParallel holds the group, whose threads would abort the end
-        dist.destroy_process_group()
+        status, message = 1, f"{program}: cannot write to {out} ({error}); what is there is whole"
+    stop(status, message)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,9 @@ def build(name, num_classes=10):
     return WideResNet((depth - 2) // 6, widen, num_classes)
 
 
+NETWORKS = ResNet18, WideResNet
+
+
 class Affine(nn.Module):
     """BatchNorm in eval mode as shift + scale x: its backward is one product and keeps no x."""
 
@@ -215,8 +218,9 @@ OTHER_FILES = {
     b"<": "a web page: download the file itself",
 }
 # plain values that stand beside the weights in other people's files
-PLAIN = [np.float64(0).__reduce__()[0], np.dtype, argparse.Namespace, type(Path()), PurePosixPath]
-PLAIN += [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
+PLAIN = [argparse.Namespace, type(Path()), PurePosixPath]
+PLAIN += [np.ndarray, np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0], np.dtype]
+PLAIN += {type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + "efd"}
 
 
 def read(path):
@@ -233,7 +237,7 @@ def read(path):
     with open(path, "rb") as file:
         head = file.read(64)
     for begin, what in OTHER_FILES.items():
-        if head.startswith(begin):
+        if head.lstrip().startswith(begin):
             raise ValueError(f"{path} is {what}")
     if head[8:9] == b"{":
         hint = save("safetensors.torch.load_file(FILE)")
@@ -249,6 +253,8 @@ def read(path):
         raise ValueError(f"{path} {what}; convert it: {hint}") from None
     except Exception as error:  # a damaged file can raise nearly anything
         reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, OSError | EOFError):
+            reason = "damaged or cut off"
         if "TorchScript" in reason:
             hint = save("torch.jit.load(FILE).state_dict()")
             reason = f"a TorchScript archive, convert it by {hint}"
@@ -314,10 +320,10 @@ def plain(values):
 def load(path, name=None):
     """Load a checkpoint of this repository or of the TRADES/MART/MAIL family.
 
-    The file holds a state dict, alone or under any key, its keys with any run of the prefixes
-    module., model., net. and _orig_mod. name: the architecture (see `build`), by default what the
-    file says or its keys and shapes show. Returns the network in eval mode, and a dict of the plain
-    values in the file, training settings included.
+    The file holds a state dict, alone or under any key (of several the first), its keys with any
+    run of the prefixes module., model., net. and _orig_mod. name: the architecture (see `build`),
+    by default what the file says or its keys and shapes show. Returns the network in eval mode, and
+    a dict of the plain values in the file, training settings included.
     OSError or ValueError, in one line, if the file cannot be read or does not match.
     """
     checkpoint = read(path)
