@@ -174,6 +174,7 @@ def test_what_is_attacked(monkeypatch):
 
         def spy(model, x, y, *, judge, name=name, **_):
             met[name] = next(model.parameters()).dtype, judge
+            assert isinstance(model, models.Folded)
             return x
 
         monkeypatch.setitem(eval_attacks.STAGES, name, spy)
@@ -193,6 +194,9 @@ def test_what_is_attacked(monkeypatch):
     assert {name: dtypes[name] for name in half} == half
     assert dtypes["square"] == torch.float32
     assert all(judge is net for _, judge in met.values())
+    met.clear()
+    eval_attacks.autoattack(net, images / 255, labels, eps=0.01)
+    assert [judge is net for _, judge in met.values()] == [True] * 4
 
 
 def test_the_judge_has_the_last_word():
