@@ -459,8 +459,8 @@ fooled points are attacked again | eval_attacks.py | points_leave
 +                pass
 
 padding of graphs returns the padded rows | eval_attacks.py | graphs
--outputs[-1][index] = output[: len(index)]
-+outputs[-1][index] = output[-len(index) :]
+-results.append(zeros.index_copy_(0, index, output[: len(index)]))
++results.append(zeros.index_copy_(0, index, output[-len(index) :]))
 
 judge ignored | eval_attacks.py | judge
 -if judge is not None and wrong.any():
@@ -639,8 +639,12 @@ paired difference: baseline reversed | eval_attacks.py | rows_by_hand
 +for g in (base, seeds)
 
 verdicts kept for any settings | eval_attacks.py | evaluation_files
--hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-+hashlib.sha256(json.dumps(sorted(settings)).encode())
+-key = hashlib.sha256(text.encode()).hexdigest()[:12]
++key = hashlib.sha256(b"").hexdigest()[:12]
+
+autoattack() judged by the folded copy | eval_attacks.py | what_is
+-judge, model = model, stand_in(model, x[:8])
++judge = model = stand_in(model, x[:8])
 
 pooled divided wrongly | models.py | folding
 -/ (x.shape[2] * x.shape[3])

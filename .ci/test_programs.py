@@ -21,6 +21,7 @@ from torch import nn
 import clirat
 import eval_attacks
 import models
+from clirat import pgd
 from test_clpm import (
     ATTACKS,
     RunsCode,
@@ -28,6 +29,7 @@ from test_clpm import (
     Y,
     data,
     desk,
+    load,
     refused,
     run,
     same,
@@ -67,6 +69,96 @@ MORE = [
 def test_more_bad_input(program, words, message, desk, capsys, monkeypatch):
     monkeypatch.chdir(desk)
     refused(program, words, message, desk, capsys)
+
+
+def test_best_is_by_pgd20_on_test_images(data, tmp_path, monkeypatch):
+    figures, seen = iter([(0.1, 0.3), (0.9, 0.2), (0.2, 0.2), (0.5, 0.1)]), []
+
+    def evaluate(net, attack, x, y, **_):
+        seen.append((x, y))
+        return next(figures)
+
+    monkeypatch.setattr(clirat, "evaluate", evaluate)
+    run(data, "--out", tmp_path)
+    best = load(tmp_path / "best.pt")
+    assert (best["epoch"], best["best"]) == (1, 0.3)
+    assert "selected_by" in best
+    x, y = clirat.load_data(str(data), ["test"])
+    assert [len(labels) for _, labels in seen] == [20, 20, 20, 30]
+    for images, labels in seen:
+        assert torch.equal(images, x[: len(images)])
+        assert torch.equal(labels, y[: len(images)])
+
+
+@pytest.mark.parametrize(("step", "value"), [(1, math.nan), (3, 0.0), (4, math.nan)])
+def test_nonfinite_stops(step, value, data, tmp_path, monkeypatch, capsys):
+    calls, loss = [], clirat.at_loss
+
+    def sometimes_bad(logits, *args):
+        calls.append(args)
+        if len(calls) != step:
+            return loss(logits, *args)
+        return (0 * logits.sum()).sqrt() + value  # its gradient is NaN in any case
+
+    monkeypatch.setattr(clirat, "at_loss", sometimes_bad)
+    with pytest.raises(SystemExit) as stop:
+        run(data, "--out", tmp_path / "run")
+    assert stop.value.code == 1
+    epoch, batch = {1: (1, 1), 3: (1, 3), 4: (2, 1)}[step]  # three batches an epoch
+    assert f"epoch {epoch}, batch {batch}" in capsys.readouterr().err
+    assert (tmp_path / "run" / "last.pt").exists() == (epoch > 1)
+
+
+def test_accuracy_in_training():
+    net, (x, y), args = small_network().eval(), small_images(30), clirat.parse_args([])
+    y = net(x).argmax(1) * (torch.arange(30) % 5 > 0)  # some are wrong from the start
+    images, attack = (x * 255).round().byte(), clirat.attacks(args, net)[1]
+    torch.manual_seed(0)
+    starts = []
+    spied = lambda x, y, start: attack(x, y, starts.append(start) or start)  # noqa: E731
+    found = clirat.evaluate(net, spied, images, y, eps=0.03, batch_size=30)
+    torch.manual_seed(0)
+    x = images.to(memory_format=torch.channels_last) / 255
+    start = x + torch.empty_like(x).uniform_(-0.03, 0.03)
+    x_adv = pgd(net, x, y, eps=8 / 255, step_size=0.003, steps=20, init=start)
+    torch.testing.assert_close(starts[0], start)
+    torch.testing.assert_close(attack(x, y, start)[0], x_adv)
+    expected = [(net(z).argmax(1) == y).double().mean().item() for z in (x, x_adv)]
+    assert found == pytest.approx(expected)
+    assert found[0] > found[1] > 0
+    net[4].bias.data[:] = math.nan  # NaN is wrong
+    assert clirat.evaluate(net, attack, images, y, eps=0.03, batch_size=7) == [0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:AutoAttack goes without")
+def test_evaluate_keeps_and_reuses_verdicts():
+    x, y = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8), torch.arange(20) % 3
+    net, evaluate = small_network(k=3).eval(), partial(eval_attacks.evaluate, eps=0.01)
+    asked = evaluate(net, x, y, [name for name in eval_attacks.ATTACKS if name != "aa"])
+    assert asked.keys() == eval_attacks.ATTACKS.keys() - {"aa"}
+    for name, attack in eval_attacks.ATTACKS.items():
+        if name != "aa":
+            x_adv = attack(net, x / 255, y, eps=0.01)
+            wrong = net(x_adv).argmax(1) != y
+            assert torch.equal(wrong[asked[name] >= 0], asked[name][asked[name] >= 0].bool())
+    first = evaluate(net, x, y, ["apgd"], n=8, batch_size=3)
+    assert (first["apgd"][8:] == -1).all()
+    more = evaluate(net, x, y, ["apgd"], verdicts=first)
+    assert torch.equal(more["apgd"], asked["apgd"])
+    x_adv = eval_attacks.autoattack(net, x / 255, y, eps=0.01)  # the same attacks in one call
+    both = evaluate(net, x, y, ["aa"])
+    assert torch.equal(net(x_adv).argmax(1) == y, eval_attacks.survivors(both, [*both], 20))
+    known = {"nat": torch.ones(20, dtype=torch.int8)}  # all wrong: nothing is left to attack
+    with pytest.warns(UserWarning, match="3 classes"):
+        evaluate(net, x, y, ["aa"], verdicts=known)
+    assert (known["square"] == -1).all()
+    assert "apgd-t" not in known
+    half = evaluate(net, x, y, ["apgd"], amp=True)["apgd"]
+    assert (half != asked["apgd"]).sum() <= 2
+    with pytest.raises(TypeError, match="uint8"):
+        evaluate(net, x / 255, y, ["nat"])
+    with pytest.raises(ValueError, match="unknown attacks magic"):
+        evaluate(net, x, y, ["magic"])
 
 
 class FakeGraph:
