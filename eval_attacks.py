@@ -762,7 +762,7 @@ def parse_args(argv):
     add("--arch", "resnet18 or wrn-D-K (default: what a checkpoint says or shows)", type=str)
     add("--data", "folder of CIFAR-10, FILE.npz or toy", "data", type=str)
     add("--n", "on the first N test images (default: all)", type=number(int, 1))
-    add("--batch-size", "of a forward (default: 64, on CUDA 128, with --amp 512)", type=number(int, 1))
+    add("--batch-size", "of a forward (default: 64; CUDA: 128, --amp 512)", type=number(int, 1))
     add("--eps", "L-infinity radius", "8/255", type=number(float, 0, 1))
     add("--seed", "of the attacks' noise", 0, type=number(int, 0, 2**31))
     add("--amp", "attack in bfloat16; only float32 counts an image as fooled", action="store_true")
