@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 import clirat
@@ -431,6 +432,27 @@ def test_methods_and_schedule():
     args = clirat.parse_args(["--epochs", "16", "--arch", "wrn-10-1", "--beta", "-1/2"])
     assert (args.burn_in, args.lr_milestones, args.beta) == (10, [10, 12], -0.5)
     assert (args.lr, args.weight_decay) == (0.1, 7e-4)
+
+
+def test_resnet18_is_torchvisions():
+    net, peer = models.build("resnet18"), torchvision.models.resnet18(num_classes=10)
+    peer.conv1, peer.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    state, x = net.state_dict(), torch.rand(2, 3, 16, 16)
+    names = [k.replace("shortcut", "downsample").replace("linear", "fc") for k in state]
+    peer.load_state_dict(dict(zip(names, state.values(), strict=True)))
+    torch.testing.assert_close(net(x), peer(x))
+
+
+def test_wrn_by_hand():
+    net, x = models.build("wrn-16-2"), torch.rand(2, 3, 16, 16)
+    out = net.conv1(x)
+    for stage in net.block1, net.block2, net.block3:
+        for block in stage.layer:
+            a = F.relu(block.bn1(out))
+            shortcut = block.convShortcut(a) if block.convShortcut else out
+            out = block.conv2(F.relu(block.bn2(block.conv1(a)))) + shortcut
+    assert out.shape == (2, 128, 4, 4)
+    torch.testing.assert_close(net(x), net.fc(F.relu(net.bn1(out)).mean((2, 3))))
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "wrn-10-2"])

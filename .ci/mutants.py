@@ -654,15 +654,15 @@ pooled for square images only | models.py | folding
 -/ (x.shape[2] * x.shape[3])
 +/ x.shape[2] ** 2
 
-ResNet-18 with a stride too few | models.py | resnet18 or strides
+ResNet-18 with a stride too few | models.py | torchvisions
 -BasicBlock(128, 256, 2)
 +BasicBlock(128, 256, 1)
 
-ResNet-18: no ReLU after the sum | models.py | resnet18 or strides
+ResNet-18: no ReLU after the sum | models.py | torchvisions
 -return F.relu_(self.bn2(self.conv2(out)).add_(self.shortcut(x)))
 +return self.bn2(self.conv2(out)).add_(self.shortcut(x))
 
-WRN: shortcut from before the BatchNorm | models.py | wrn
+WRN: shortcut from before the BatchNorm | models.py | wrn_by_hand
 -else self.convShortcut(out)
 +else self.convShortcut(x)
 
