@@ -27,8 +27,9 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C while torch is being imported: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is being imported: no traceback
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
 
 import numpy as np
 import torch
@@ -76,6 +77,8 @@ def checked(model, x, y, eps, index=None):
     if y.max() >= logits.shape[1]:
         raise ValueError(f"want labels in 0..{logits.shape[1] - 1}, got {y.max()}")
     index = torch.arange(len(x)) if index is None else index.cpu()
+    if index.shape != y.shape or index.min() < 0:
+        raise ValueError(f"want index ({len(x)},), from 0 on, got {index.tolist()}")
     return x.detach(), y.long(), index, logits.shape[1]
 
 
@@ -106,7 +109,7 @@ def in_batches(attack, x, batch_size, targets=1):
 
 def graph_device(model):
     """Where to record CUDA graphs: nowhere (cpu) but for copies of networks that read no value."""
-    if isinstance(model, models.Folded) and isinstance(model.net, models.NETWORKS):
+    if isinstance(model, models.Folded) and type(model.net) in models.NETWORKS:
         return next(model.parameters()).device
     return torch.device("cpu")
 
@@ -114,7 +117,7 @@ def graph_device(model):
 def on_active(function, model, batch_size):
     """function of rows -> the same with a mask before them: it sees, and gives, active rows alone.
 
-    The other rows are 0. In a CUDA graph the rows are padded to one of eight sizes.
+    The other rows are 0. In a CUDA graph the rows are padded, to at most eight sizes.
     """
     device = graph_device(model)
     run, eighth = graphed(function, device), math.ceil(batch_size / 8)
@@ -134,9 +137,8 @@ def on_active(function, model, batch_size):
 def confirmed(judge, wrong, x, y):
     """wrong (N,) where the judge, if there is one, agrees."""
     if judge is not None and wrong.any():
-        wrong = wrong.clone()
         with frozen(judge), torch.no_grad():
-            wrong[wrong.clone()] = is_wrong(judge(x[wrong]), y[wrong])
+            wrong = wrong.masked_scatter(wrong, is_wrong(judge(x[wrong]), y[wrong]))
     return wrong
 
 
@@ -374,10 +376,8 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64,
             if query == queries or not active.any():
                 return best, ~active
             side = square_side(query, height, width)
-            top, left = (
-                int((size - side) * r)
-                for size, r in zip((height, width), places[query], strict=True)
-            )
+            down, right = places[query]
+            top, left = int((height - side) * down), int((width - side) * right)
             window = (..., slice(top, top + side), slice(left, left + side))
             kept, moved = best[window].clone(), best[window] + 2 * eps * signs[query]
             best[window] = moved.clamp(lower[window], upper[window])
@@ -425,26 +425,24 @@ def autoattack(model, x, y, *, eps, seed=0, index=None, batch_size=64, judge=Non
 
     x: (N, C, H, W) in [0, 1]. y: (N,). With fewer than four classes targeted APGD, whose loss needs
     four, is left out. Returns (N, C, H, W): a misclassified image for each point, x where none was
-    found or where x itself is misclassified. Warns where the model makes the result doubtful. On
-    CUDA set torch.backends.cudnn.allow_tf32 = False before: convolutions are not float32 else.
+    found or where x itself is misclassified. Warns where the model makes the result doubtful. What
+    is attacked is a folded copy of the model where that is the same function. On CUDA set
+    torch.backends.cudnn.allow_tf32 = False before: convolutions are not float32 else.
     """
     x, y, index, classes = checked(model, x, y, eps, index)
     for doubt in doubts(model, x, y):
         warnings.warn(doubt, stacklevel=2)
-    x_adv = x.clone()
     if judge is None:
         judge, model = model, stand_in(model, x[:8])
-    with frozen(judge):
-        robust = (~is_wrong(logits_of(judge, x, batch_size), y)).nonzero().squeeze(1)  # (R,) of x
-    for name in applicable(STAGES, classes):
-        if len(robust):
-            options = {"eps": eps, "seed": seed, "batch_size": batch_size, "judge": judge}
-            x_, y_ = x[robust], y[robust]
-            found = STAGES[name](model, x_, y_, index=index[robust.cpu()], **options)
-            wrong = verdict(judge, x_, y_, found, eps, batch_size)
-            x_adv[robust[wrong]] = found[wrong]
-            robust = robust[~wrong]
-    return x_adv
+    options = {"eps": eps, "seed": seed, "batch_size": batch_size, "judge": judge}
+    names = ["nat", *applicable(STAGES, classes)]
+
+    def attack(points, k):
+        x_, y_, own = x[points], y[points], index[points.cpu()]
+        found = (ATTACKS | STAGES)[names[k]](model, x_, y_, index=own, **options)
+        return found, verdict(judge, x_, y_, found, eps, batch_size)
+
+    return in_batches(attack, x, len(x), len(names))
 
 
 ATTACKS = {
@@ -488,10 +486,13 @@ def layout(device):
 
 def stand_in(model, x, dtype=None):
     """A faster copy of the model to attack, or the model itself if x tells it from that copy."""
+    for part in getattr(model, "modules", list)():
+        if "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks:
+            return model  # a copy would run the original's forward, or not run its hooks
     with contextlib.suppress(Exception), frozen(model), torch.no_grad():
-        if torch.allclose(models.Folded(model)(x), model(x), rtol=1e-4, atol=1e-4):
-            copy = models.Folded(model, dtype)
-            return copy.to(memory_format=torch.channels_last) if dtype else copy
+        copy = models.Folded(model)
+        if torch.allclose(copy(x), model(x), rtol=1e-4, atol=1e-4):
+            return copy.to(dtype, memory_format=torch.channels_last) if dtype else copy
     return model
 
 
@@ -516,8 +517,8 @@ def evaluate(
     y: (N,). amp: attack a copy in bfloat16; only the model itself counts a success.
     Returns {name: (N,) int8}: 1 misclassified, 0 not, -1 not asked. For AutoAttack these are its
     stages, each asked only of images that are still robust. verdicts: such a dict of an earlier
-    call with the same settings, filled up in place. save(verdicts): called after every batch;
-    under torchrun, where the processes share the images, after every attack.
+    call with the same settings, filled up in place. save(verdicts): called as they come
+    in; under torchrun, where the processes share the images, after every attack.
     ValueError on an unknown attack, TypeError on images that are not uint8.
     """
     if unknown := set(attacks) - ATTACKS.keys():
@@ -531,6 +532,8 @@ def evaluate(
         raise ValueError(f"want {len(x)} labels in 0..{classes - 1}, got {len(y)} up to {y.max()}")
     fast = stand_in(model, x[:8] / 255)
     half = stand_in(model, x[:8] / 255, torch.bfloat16) if amp else fast
+    if amp and half is model:
+        warnings.warn("amp does nothing: there is no copy of this model to attack", stacklevel=2)
 
     stages = applicable(STAGES, classes) if "aa" in attacks else []
     plan = dict.fromkeys(["nat", *(name for name in attacks if name != "aa"), *stages])
@@ -540,7 +543,7 @@ def evaluate(
         if name in STAGES:
             todo &= survivors(verdicts, chain(name)[:-1], n)
         todo = todo.nonzero().squeeze(1)[rank::world]
-        chunk = batch_size if x.device.type == "cpu" else 8 * batch_size  # recorded for each anew
+        chunk = batch_size if x.device.type == "cpu" else 4 * batch_size  # recorded for each anew
         for index in progress(todo.split(chunk) if len(todo) else [], name):
             images, labels = x[index].to(memory_format=layout(x.device)) / 255, y[index]
             options = {"eps": eps, "seed": seed, "index": index, "batch_size": batch_size}
@@ -587,8 +590,7 @@ def masking(figures):
     if under_pgd > 3:
         usual = "the paper's AT: 4 to 5, its MAIL-AT and CLIRAT: 11 to 15"
         found.append(f"AutoAttack is {under_pgd:.1f} points under PGD ({usual})")
-    if "square" in figures and accuracy["fab-t"] - accuracy["square"] > 0.2:
-        gap = accuracy["fab-t"] - accuracy["square"]
+    if "square" in figures and (gap := accuracy["fab-t"] - accuracy["square"]) > 0.2:
         found.append(f"Square takes {gap:.1f} points more than the white-box attacks")
     return found
 
@@ -683,9 +685,8 @@ def compare(runs, attacks, n, eps):
     groups = {}  # name and settings -> {seed: survivors}
     order = {method: place for place, method in enumerate(METHODS)}
     runs = [run for run in runs if {"method", "arch", "seed"} <= run[1].keys()]
-    for name, metadata, robust in sorted(
-        runs, key=lambda run: order.get(run[1]["method"], len(order))
-    ):
+    runs.sort(key=lambda run: order.get(run[1]["method"], len(order)))
+    for name, metadata, robust in runs:
         skip = apart | ({"epoch"} if "selected_by" in metadata else set())
         same = {key: value for key, value in metadata.items() if key not in skip}
         seeds = groups.setdefault(json.dumps(same, sort_keys=True), (name, {}))[1]
@@ -699,10 +700,8 @@ def compare(runs, attacks, n, eps):
     for name, seeds in groups[1:]:
         first, base = groups[0]
         if both := seeds.keys() & base.keys():
-            ours, theirs = (
-                torch.stack([g[s] for s in both], 1) for g in (seeds, base)
-            )  # (A, S, n)
-            cells = [paired_cell(*pair) for pair in zip(ours, theirs, strict=True)]
+            pair = (torch.stack([g[s] for s in both], 1) for g in (seeds, base))  # (A, S, n) each
+            cells = [paired_cell(*rows) for rows in zip(*pair, strict=True)]
             print_row(f"{name} minus {first}, paired, seeds: {len(both)}", n, eps, cells)
 
 
@@ -736,12 +735,6 @@ def read_archive(path):
         raise ValueError(f"{path} is damaged ({error}): delete it to evaluate afresh") from None
 
 
-def write_archive(path, arrays):
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write(path, buffer.getbuffer())
-
-
 # ---- Command line --------------------------------------------------------------------------------
 
 
@@ -772,9 +765,8 @@ def parse_args(argv):
     args.attacks = list(dict.fromkeys(args.attacks or PAPER_COLUMNS))
     on_cuda = 512 if args.amp else 128
     args.batch_size = args.batch_size or (on_cuda if args.device.startswith("cuda") else 64)
-    args.checkpoints = list(
-        {Path(path).resolve(): Path(path) for path in args.checkpoints}.values()
-    )
+    unique = {Path(path).resolve(): Path(path) for path in args.checkpoints}
+    args.checkpoints = list(unique.values())
     exists = args.json and args.json.exists()
     if args.json and not (args.json.is_file() if exists else args.json.parent.is_dir()):
         parser.error(f"--json {args.json} is no file, or in a folder that does not exist")
@@ -794,9 +786,11 @@ def evaluate_one(args, path, model, metadata, data):
 
     def save(verdicts):
         ours = {f"{key}/{name}": t.numpy() for name, t in verdicts.items()}
+        ours[f"{key}/settings"], buffer = np.array(text), io.BytesIO()
         try:
-            write_archive(kept, read_archive(kept) | ours | {f"{key}/settings": np.array(text)})
-        except OSError as error:
+            np.savez_compressed(buffer, **(read_archive(kept) | ours))
+            write(kept, buffer.getbuffer())
+        except (OSError, ValueError) as error:
             if not notes:
                 print(f"note: verdicts are not kept: {error}", file=sys.stderr)
             notes.append(error)
@@ -815,7 +809,6 @@ def main(argv=None):
     args, program = parse_args(argv), "eval_attacks.py"
     torch.backends.cuda.matmul.allow_tf32 = False  # float32 verdicts
     torch.backends.cudnn.allow_tf32 = False
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     with contextlib.suppress(AttributeError):  # what a terminal can't show becomes ?
         sys.stdout.reconfigure(errors="replace")
     with bad_input_ends_all(program):

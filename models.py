@@ -6,6 +6,7 @@ load here and ours load there.
 
 import argparse
 import copy
+import functools
 import re
 import warnings
 from pathlib import Path, PurePosixPath
@@ -219,8 +220,14 @@ OTHER_FILES = {
 }
 # plain values that stand beside the weights in other people's files
 PLAIN = [argparse.Namespace, type(Path()), PurePosixPath]
-PLAIN += [np.ndarray, np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0], np.dtype]
+PLAIN += [np.ndarray, np.dtype]
 PLAIN += {type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + "efd"}
+for core in "core", "_core":  # where numpy 1 and 2 have what makes arrays and scalars
+    for value in np.zeros(1), np.float64(0):
+        function = value.__reduce__()[0]
+        PLAIN.append(functools.partial(function))
+        PLAIN[-1].__module__ = f"numpy.{core}.multiarray"
+        PLAIN[-1].__name__ = PLAIN[-1].__qualname__ = function.__name__
 
 
 def read(path):
@@ -236,12 +243,12 @@ def read(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     with open(path, "rb") as file:
         head = file.read(64)
-    for begin, what in OTHER_FILES.items():
-        if head.lstrip().startswith(begin):
-            raise ValueError(f"{path} is {what}")
     if head[8:9] == b"{":
         hint = save("safetensors.torch.load_file(FILE)")
         raise ValueError(f"{path} is a safetensors file: convert it by {hint}")
+    for begin, what in OTHER_FILES.items():
+        if head.lstrip().startswith(begin):
+            raise ValueError(f"{path} is {what}")
     torch.serialization.add_safe_globals(PLAIN)
     try:
         with warnings.catch_warnings():  # of what is then an error

@@ -35,7 +35,6 @@ torch.set_num_threads(1)  # enough for tensors of this size
         ([0.3, 0.5, 0.2], 0, -0.2, -0.2),  # Fig. 2 A: one confused label
         ([0.3, 0.5, 0.4], 0, -0.2, -0.3),  # Fig. 2 B: a second one at -0.1
         ([0.7, 0.2, 0.1], 0, 0.5, 0.5),  # correct: the other classes do not add up
-        ([0.1, 0.2, 0.3, 0.4], 0, -0.3, -0.6),
         ([0.4, 0.4, 0.2], 0, 0.0, 0.0),  # a tie is no confusion
         ([0.2, 0.2, 0.6], 0, -0.4, -0.4),  # nor is a tie with a class that is not the largest
         ([1.0, 0.0], 0, 1.0, 1.0),
@@ -99,8 +98,6 @@ def test_weights():
     raw = [1 / (1 + math.exp(-10 * (-0.5 - m))) for m in margins.tolist()]  # Eq. 6
     expected = torch.tensor([9 * w / sum(raw) for w in raw], dtype=torch.float64)  # l.14
     torch.testing.assert_close(weights, expected)
-    mail = instance_weights(margins, 10.0, -0.5, "mail")
-    torch.testing.assert_close(mail, 3 * torch.tensor(raw, dtype=torch.float64))
     assert not weights.requires_grad
     assert instance_weights(torch.tensor([math.nan, 0.9, 0.9]), 10.0, -0.5)[0].isnan()
     for wrong in ((torch.rand(3, 1), "batch"), (torch.rand(3), "l2")):
@@ -236,12 +233,10 @@ BAD_INPUT = {  # what -> arguments of an attack, words of the message
     "one image": (X[0], Y, 0.1, "float64 images"),
     "no images": (X[:0], Y[:0], 0.1, "N > 0"),
     "column": (X, Y[:, None], 0.1, "integer labels"),
-    "one-hot": (X, F.one_hot(Y, 10), 0.1, "integer labels"),
     "float labels": (X, Y.float(), 0.1, "integer labels"),
     "-100": (X, Y - 100, 0.1, "0..K-1"),
     "eps": (X, Y, -0.1, "eps"),
     "eps nan": (X, Y, math.nan, "eps"),
-    "half": (X.half(), Y, 0.1, "float64 images"),
 }
 
 
@@ -583,8 +578,7 @@ def test_run_resume_and_init(data, straight, tmp_path, monkeypatch, capsys):
 # ---- AutoAttack ----------------------------------------------------------------------------------
 
 
-def test_schedules_by_hand():
-    assert list(eval_attacks.apgd_checks(100)) == [21, 40, 56, 69, 79, 86, 92, 98]
+def test_square_side_by_hand():
     queries = (0, 10, 11, 51, 201, 501, 1001, 2001, 4001)
     sides = [eval_attacks.square_side(query, 32, 32) for query in queries]
     assert sides == [29, 29, 20, 14, 10, 7, 5, 4, 3]
@@ -632,10 +626,6 @@ def test_linear_network_has_a_known_radius():
     assert torch.equal(fooled, radius < eps)
     x_adv = eval_attacks.fab_t(net, x, y, eps=eps)
     assert torch.equal(net(x_adv).argmax(1) != y, 1.0052 * radius <= eps)  # a little beyond it
-    x_adv = eval_attacks.fab_t(net, x, y, eps=0.5, steps=1)
-    moved = (x_adv - x).abs().amax((1, 2, 3))
-    first = moved / (gaps / norms).gather(1, z.argsort(1, descending=True)[:, 1:2])[:, 0]
-    torch.testing.assert_close(first, torch.full_like(first, 1.05))
 
 
 def stubborn_network(seed=0):
@@ -748,6 +738,8 @@ def test_attacks_by_name():
         alone = eval_attacks.ATTACKS[name](net, x[7:8], y[7:8], eps=eps, index=torch.tensor([7]))
         torch.testing.assert_close(alone, images[7:8])
     assert eval_attacks.STAGES["apgd-t"].keywords == {"loss": "targeted"}
+    with pytest.raises(ValueError, match="want index"):
+        eval_attacks.apgd(net, x, y, eps=eps, index=torch.arange(3))
     with pytest.raises(RuntimeError, match="left the ball"):
         eval_attacks.verdict(net, x, y, (x + 0.1).clamp(max=1), 0.05, 5)
 
@@ -810,8 +802,7 @@ TRAIN = [
     ("--init weights.pt", "no training checkpoint"),
     ("--init run/burnin.pt --method trades", "burn-in"),
     ("--init run/last.pt --epochs 4 --method mail-at", "method was clirat, not mail-at"),
-    ("--out run", "--resume"),
-    ("--out pile", "already holds a run"),
+    ("--out pile", "already holds a run: add --resume"),
     ("--out run --resume --gamma 3", "gamma was 10.0, not 3.0"),
 ]
 EVAL = [

@@ -294,7 +294,7 @@ def torchrun(options):
 
 
 def autoattack(options):
-    """eval_attacks.autoattack, and pyautoattack in turn where it is installed."""
+    """AutoAttack as the command runs it, and pyautoattack in turn where it is installed."""
     import eval_attacks
 
     settings()

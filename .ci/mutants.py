@@ -65,7 +65,7 @@ weights of a plain softmax | clirat.py | test_weights
 -F.logsigmoid(scores).softmax(0)
 +scores.softmax(0)
 
-weight_norm mail not times 3 | clirat.py | test_weights
+weight_norm mail not times 3 | clirat.py | algorithm_1 and mail-at
 -return 3 * scores.sigmoid()
 +return scores.sigmoid()
 
@@ -466,7 +466,7 @@ judge ignored | eval_attacks.py | judge
 -if judge is not None and wrong.any():
 +if judge is None and wrong.any():
 
-targets: the least likely first | eval_attacks.py | linear
+targets: the least likely first | eval_attacks.py | fab_against
 -logits.argsort(1, descending=True)
 +logits.argsort(1)
 
@@ -482,7 +482,7 @@ sign of the targeted DLR | eval_attacks.py | dlr
 -return -gap / (z
 +return gap / (z
 
-APGD's first check | eval_attacks.py | schedules
+APGD's first check | eval_attacks.py | apgd_against
 -int(0.22 * steps)
 +int(0.2 * steps)
 
@@ -526,7 +526,7 @@ FAB: room on the wrong side | eval_attacks.py | projection
 -torch.where(w > 0, t, 1 - t)
 +torch.where(w > 0, 1 - t, t)
 
-FAB: 1.05 | eval_attacks.py | linear
+FAB: 1.05 | eval_attacks.py | fab_against
 -(t1 + 1.05 * d1) * (1 - alpha) + (t2 + 1.05 * d2) * alpha
 +(t1 + 1.0 * d1) * (1 - alpha) + (t2 + 1.0 * d2) * alpha
 
@@ -546,7 +546,7 @@ FAB counts what is outside the ball | eval_attacks.py | linear or invariants
 -confirmed(judge, wrong & near, now, labels)
 +confirmed(judge, wrong, now, labels)
 
-Square's schedule | eval_attacks.py | schedules
+Square's schedule | eval_attacks.py | square_side
 -sum(query > after for after
 +sum(query >= after for after
 
@@ -595,8 +595,12 @@ an attack that leaves the ball not noticed | eval_attacks.py | by_name
 +(x_adv - x).abs().max() <= 1
 
 a folded copy that differs is attacked | eval_attacks.py | what_is
--if torch.allclose(models.Folded(model)(x), model(x), rtol=1e-4, atol=1e-4):
+-if torch.allclose(copy(x), model(x), rtol=1e-4, atol=1e-4):
 +if True:
+
+networks that may read a value are recorded | eval_attacks.py | networks_are_recorded
+-type(model.net) in models.NETWORKS
++isinstance(model.net, models.NETWORKS)
 
 survivors: any for all | eval_attacks.py | verdicts or evaluation_files
 - if name in verdicts]).all(0)
@@ -619,8 +623,8 @@ a stage asked of images that are fooled | eval_attacks.py | verdicts
 +attacked = half
 
 masking: Square against AutoAttack | eval_attacks.py | masking
--accuracy["fab-t"] - accuracy["square"] > 0.2
-+accuracy["square"] - accuracy["fab-t"] > 0.2
+-(gap := accuracy["fab-t"] - accuracy["square"]) > 0.2
++(gap := accuracy["square"] - accuracy["fab-t"]) > 0.2
 
 Wilson interval's z | eval_attacks.py | rows_by_hand
 -z=1.96

@@ -9,6 +9,7 @@ import math
 import shutil
 import types
 import warnings
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +54,6 @@ MORE = [
     (clirat, "--init nowhere.pt", "nowhere.pt"),
     (clirat, "--init run/burnin.pt --method fat", "burn-in"),
     (clirat, "--init run/burnin.pt --seed 2", "seed was 1, not 2"),
-    (clirat, "--init run/last.pt --epochs 4 --gamma 3", "gamma was 10.0, not 3.0"),
     (clirat, "--init run/last.pt", "adds nothing"),
     (clirat, "--out nothing --resume", "no run to resume"),
     (clirat, "--out small.npz", "small.npz"),
@@ -256,6 +256,13 @@ def test_what_is_attacked(monkeypatch):
 
     (x, _), net, odd, met = small_images(), small_network().eval(), Odd().eval(), {}
     assert eval_attacks.stand_in(odd, x) is odd
+    for change in (
+        lambda net: net.register_forward_hook(print),
+        lambda net: setattr(net, "forward", net.forward),  # a copy would run the original's
+    ):
+        other = small_network().eval()
+        change(other)
+        assert eval_attacks.stand_in(other, x) is other
     for name in eval_attacks.STAGES:
 
         def spy(model, x, y, *, judge, name=name, **_):
@@ -283,6 +290,19 @@ def test_what_is_attacked(monkeypatch):
     met.clear()
     eval_attacks.autoattack(net, images / 255, labels, eps=0.01)
     assert [judge is net for _, judge in met.values()] == [True] * 4
+
+
+def test_which_networks_are_recorded():
+    class Careful(models.ResNet18):  # may read a value
+        pass
+
+    for kind, recorded in (models.ResNet18, "meta"), (Careful, "cpu"):
+        copy = models.Folded(kind()).to("meta")
+        assert eval_attacks.graph_device(copy) == torch.device(recorded)
+    with pytest.warns(UserWarning, match="amp does nothing"):
+        eval_attacks.evaluate(
+            lambda x: small_network()(x), (X * 255).byte(), Y, ["nat"], eps=0.1, amp=True
+        )
 
 
 def test_the_judge_has_the_last_word():
@@ -383,6 +403,10 @@ def test_other_peoples_checkpoints(name, tmp_path):
         torch.testing.assert_close(ours(x), expected)
         assert metadata["arch"] == name
     torch.save(files[0], path)
+    with zipfile.ZipFile(path) as file, zipfile.ZipFile(tmp_path / "numpy_1.pt", "w") as older:
+        for item in file.namelist():
+            older.writestr(item, file.read(item).replace(b"numpy._core", b"numpy.core"))
+    path = tmp_path / "numpy_1.pt"
     assert models.load(path)[1] == {"epoch": 3, "best": 0.5, "arch": name, "lr": 0.1}
 
 
