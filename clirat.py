@@ -87,9 +87,8 @@ def instance_weights(margins, gamma, beta, norm="batch"):
     ValueError on another shape or norm.
     """
     if margins.ndim != 1 or norm not in ("batch", "mail"):
-        raise ValueError(
-            f"want margins (N,) and norm batch or mail, got {margins.ndim}-D, {norm!r}"
-        )
+        found = f"{margins.ndim}-D, {norm!r}"
+        raise ValueError(f"want margins (N,) and norm batch or mail, got {found}")
     limit = torch.finfo(margins.dtype).max  # where a huge gamma would overflow
     scores = (min(gamma, limit) * (beta - margins.detach())).clamp(-limit, limit)  # (N,)
     if norm == "mail":
@@ -838,15 +837,12 @@ def make_parser(program, description):
 def parse_args(argv):
     about = "CLIRAT and its companions: instance-reweighted adversarial training."
     parser, add = make_parser("clirat.py", about)
-    natural, positive, real = number(int, 0), number(int, 1), number(float, 0)
+    natural, positive = number(int, 0), number(int, 1)
+    real, signed = number(float, 0), number(float, -math.inf)
     add("--method", "a row of the README's table of methods", "clirat", choices=METHODS)
     add("--arch", "resnet18 or wrn-D-K, such as wrn-32-10", "resnet18", type=str)
     add("--gamma", "slope of the weights, Eq. 6 (default: the method's)", type=real)
-    add(
-        "--beta",
-        "bias of the weights, Eq. 6 (default: the method's)",
-        type=number(float, -math.inf),
-    )
+    add("--beta", "bias of the weights, Eq. 6 (default: the method's)", type=signed)
     add("--trade-off", "TRADES' beta, MART's lambda (default: the method's)", type=real)
     add("--data", "folder of CIFAR-10, FILE.npz or toy", "data", type=str)
     add("--train-size", "train on the first N images (default: all)", type=positive, metavar="N")

@@ -171,20 +171,16 @@ class Folded(nn.Module):
             previous = None
             for child_name, child in list(module.named_children()):
                 name = f"{prefix}.{child_name}" if prefix else child_name
-                if (
-                    isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm)
-                    and child.affine
-                    and child.track_running_stats
-                ):
+                norm = isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm)
+                if norm and child.affine and child.track_running_stats:
                     conv = self.net.get_submodule(previous) if previous else None
                     if isinstance(conv, nn.Conv2d) and conv.bias is None:
                         conv.bias = nn.Parameter(torch.zeros_like(child.bias))
-                        setattr(module, child_name, nn.Identity())
+                        instead = nn.Identity()
                     else:
                         previous = None
-                        setattr(
-                            module, child_name, Affine(child.num_features).to(child.weight.device)
-                        )
+                        instead = Affine(child.num_features).to(child.weight.device)
+                    setattr(module, child_name, instead)
                     self.folds.append((name, previous))
                 previous = name
         self.net.to(dtype or next(net.parameters()).dtype).requires_grad_(False)
@@ -199,9 +195,8 @@ class Folded(nn.Module):
             scale = bn.weight * (bn.running_var + bn.eps).rsqrt()  # (C,)
             shift = bn.bias - bn.running_mean * scale
             if conv_name:
-                fresh[f"{conv_name}.weight"] = (
-                    fresh[f"{conv_name}.weight"] * scale[:, None, None, None]
-                )
+                weight = fresh[f"{conv_name}.weight"]
+                fresh[f"{conv_name}.weight"] = weight * scale[:, None, None, None]
                 fresh[f"{conv_name}.bias"] = shift
             else:
                 fresh[f"{bn_name}.scale"] = scale[:, None, None]
@@ -308,9 +303,8 @@ def load_weights(net, state, path):
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             problems.append(f"{what} {', '.join(keys[:3])}{more}")
     if any(key.split(".")[-1] in ("mean", "std", "mu", "sigma") for key in unknown):
-        problems.append(
-            "it normalises its input: put that before net, and attack the two in Python"
-        )
+        hint = "put that before net, and attack the two in Python"
+        problems.append(f"it normalises its input: {hint}")
     if problems:
         raise ValueError(f"{path} does not fit {type(net).__name__}: {'; '.join(problems)}")
     if not all(value.isfinite().all() for value in state.values()):

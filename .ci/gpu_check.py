@@ -1,6 +1,6 @@
-"""Check what only a GPU can show, in at most 4 minutes on an H100.
+"""Check what only a GPU can show: on an H100 in 4 minutes, or 9 for all parts.
 
-    python .ci/gpu_check.py [--data FILE.npz] [--parts autoattack tests --seconds 450]
+    python .ci/gpu_check.py [--data FILE.npz] [--seconds 900] [--parts autoattack tests]
 
 The parts run one after another, the most valuable first, in a process that is replaced where one
 fails or takes too long. Rows come as they are found and once more as a table; exit status 1 where

@@ -675,8 +675,8 @@ WRN: depth | models.py | wrn or checkpoints
 +WideResNet((depth + 2) // 6
 
 a folded scale dropped | models.py | folding
--fresh[f"{conv_name}.weight"] * scale[:, None, None, None]
-+fresh[f"{conv_name}.weight"]
+-weight * scale[:, None, None, None]
++weight
 
 a folded bias dropped | models.py | folding
 -fresh[f"{conv_name}.bias"] = shift
