@@ -7,6 +7,7 @@ test images at eps 8/255 with seed 0; ours through `evaluate`, as the command li
 """
 
 import argparse
+import logging
 import sys
 import time
 from pathlib import Path
@@ -53,6 +54,8 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=int, default=64, help="ours (default: %(default)s)")
     parser.add_argument("--amp", action="store_true", help="ours in bfloat16")
     args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("auto-attack").setLevel(logging.DEBUG)  # the peer says what each stage leaves
     torch.backends.cudnn.allow_tf32 = False
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _ = models.load(args.checkpoint)
