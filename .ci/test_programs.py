@@ -424,7 +424,7 @@ REFUSED = {
     "safetensors": (b"\x40\0\0\0\0\0\0\0{\"conv1.weight\":", "safetensors.torch"),
     "text": (b"not a checkpoint", "not loaded|cannot be"),
     "empty": (b"", "cannot be read"),
-    "nan": (WRN | {"fc.bias": torch.full((10,), math.nan)}, "not finite"),
+    "nan": (WRN | {"fc.bias": torch.tensor([math.nan, *[0.0] * 9])}, "not finite"),
     "normalising": (WRN | {"mean": torch.ones(3)}, "normalises"),
     "deeper": (WRN | {"block1.conv3.weight": torch.ones(1)}, "unknown block1.conv3"),
 }  # fmt: skip
