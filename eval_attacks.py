@@ -78,7 +78,7 @@ def checked(model, x, y, eps, index=None):
         raise ValueError(f"want labels in 0..{logits.shape[1] - 1}, got {y.max()}")
     index = torch.arange(len(x)) if index is None else index.cpu()
     if index.shape != y.shape or index.min() < 0:
-        raise ValueError(f"want index ({len(x)},), from 0 on, got {index.tolist()}")
+        raise ValueError(f"want index ({len(x)},), none negative, got {tuple(index.shape)}")
     return x.detach(), y.long(), index, logits.shape[1]
 
 
@@ -109,7 +109,7 @@ def in_batches(attack, x, batch_size, targets=1):
 
 def graph_device(model):
     """Where to record CUDA graphs: nowhere (cpu) but for copies of networks that read no value."""
-    if isinstance(model, models.Folded) and type(model.net) in models.NETWORKS:
+    if isinstance(model, models.Folded) and type(model.net) in (models.ResNet18, models.WideResNet):
         return next(model.parameters()).device
     return torch.device("cpu")
 
@@ -653,11 +653,6 @@ def paper_row(metadata, attacks):
     return None
 
 
-def run_name(path):
-    """Folder and file of a checkpoint, without the folder's -s<seed>: one name for all seeds."""
-    return f"{re.sub(r'-s[0-9]+$', '', path.resolve().parent.name)}/{path.name}"
-
-
 def paired_cell(ours, theirs):
     """Difference in accuracy (points) of two methods' runs on the same images, as text.
 
@@ -855,7 +850,8 @@ def main(argv=None):
             for doubt in result["warnings"]:
                 print(f"warning: {path}: {doubt}", file=sys.stderr)
             robust = [survivors(verdicts, chain(name), args.n) for name in args.attacks]
-            runs.append((run_name(path), metadata, torch.stack(robust)))  # (A, n)
+            folder = re.sub(r"-s[0-9]+$", "", path.resolve().parent.name)  # the same for all seeds
+            runs.append((f"{folder}/{path.name}", metadata, torch.stack(robust)))  # (A, n)
         compare(runs, args.attacks, args.n, args.eps)
     except KeyboardInterrupt:
         status, message = 130, f"\n{program}: stopped: the same command goes on from there"

@@ -136,9 +136,6 @@ def build(name, num_classes=10):
     return WideResNet((depth - 2) // 6, widen, num_classes)
 
 
-NETWORKS = ResNet18, WideResNet
-
-
 class Affine(nn.Module):
     """BatchNorm in eval mode as shift + scale x: its backward is one product and keeps no x."""
 

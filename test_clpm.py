@@ -82,11 +82,15 @@ def test_margins_refuse_wrong_shapes(margin, shapes):
         margin(torch.rand(shapes[0]), torch.zeros(shapes[1], dtype=torch.int64))
 
 
-def test_cl_pm_stands_alone():
-    copied = {"torch": torch}
-    exec(inspect.getsource(cl_pm), copied)
-    probs, labels = torch.tensor([[0.3, 0.5, 0.4]]), torch.tensor([0])
-    assert copied["cl_pm"](probs, labels) == cl_pm(probs, labels)
+def test_what_people_copy_stands_alone():
+    copied = {"torch": torch, "F": F}
+    exec(inspect.getsource(cl_pm) + inspect.getsource(instance_weights), copied)
+    probs, labels = torch.tensor([[0.3, 0.5, 0.4], [0.6, 0.3, 0.1]]), torch.tensor([0, 0])
+    margins = copied["cl_pm"](probs, labels)
+    torch.testing.assert_close(margins, torch.tensor([-0.3, 0.3]))
+    raw = [1 / (1 + math.exp(-10 * (-0.5 - m))) for m in (-0.3, 0.3)]  # Eq. 6
+    expected = torch.tensor([2 * w / sum(raw) for w in raw])
+    torch.testing.assert_close(copied["instance_weights"](margins, 10.0, -0.5), expected)
 
 
 # ---- Weights and losses --------------------------------------------------------------------------

@@ -599,8 +599,8 @@ a folded copy that differs is attacked | eval_attacks.py | what_is
 +if True:
 
 networks that may read a value are recorded | eval_attacks.py | networks_are_recorded
--type(model.net) in models.NETWORKS
-+isinstance(model.net, models.NETWORKS)
+-type(model.net) in (models.ResNet18, models.WideResNet)
++isinstance(model.net, (models.ResNet18, models.WideResNet))
 
 survivors: any for all | eval_attacks.py | verdicts or evaluation_files
 - if name in verdicts]).all(0)
