@@ -440,7 +440,7 @@ def progress(batches, label, passes=1):
 
     passes: how many such passes are left, this one included.
     """
-    show, begun, left = sys.stderr.isatty() and is_lead(), time.perf_counter(), ""
+    show, begun, left = sys.stderr.isatty() and is_lead(), time.perf_counter(), ", estimating"
     for done, batch in enumerate(batches):
         if done:
             seconds = (time.perf_counter() - begun) / done * (len(batches) * passes - done)
@@ -703,12 +703,15 @@ def load_data(spec, parts=("train", "test")):
 
 def write(path, data):
     """Write bytes under a temporary name, then rename: at any moment the file is whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{os.getpid()}.{path.name}.tmp")  # another process has its own
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, checkpoint):
@@ -753,10 +756,16 @@ def open_run(args):
     """
     last = Path(args.out, "last.pt")
     if not args.resume and any(last.parent.glob("*.pt")):
-        hint = "add --resume to continue it, or choose another --out"
+        hint = "choose another --out" if args.init else "add --resume, or choose another --out"
         raise ValueError(f"{args.out} already holds a run: {hint}")
-    if args.resume and not last.with_name("args.json").exists():
-        raise ValueError(f"{args.out} holds no run to resume: leave out --resume to start one")
+    if args.resume:
+        if not last.with_name("args.json").exists():
+            raise ValueError(f"{args.out} holds no run to resume: leave out --resume to start one")
+        init = json.loads(last.with_name("args.json").read_text()).get("init")
+        if args.init and (not init or Path(args.init).absolute() != Path(init).absolute()):
+            started = f"--init {init}" if init else "no --init"
+            raise ValueError(f"{args.out} was started with {started}, not --init {args.init}")
+        args.init = init
     resume = args.resume and last.exists()
     if not resume and not args.init:
         return None
@@ -770,8 +779,6 @@ def open_run(args):
     except (KeyError, TypeError):
         hint = "use a run's burnin.pt or last.pt"
         raise ValueError(f"{path} is no training checkpoint of clirat.py: {hint}") from None
-    if resume:
-        args.init = before.get("init")  # the file is needed no longer
     now = settings(args)
     changed = {k: f"{k} was {before.get(k)}, not {now[k]}" for k in now if before.get(k) != now[k]}
     if resume and changed:
@@ -959,11 +966,14 @@ def main(argv=None):
             data, net, optimizer, state = setup(args, device, data, start)
             if is_lead():
                 out.mkdir(parents=True, exist_ok=True)
+                for left in out.glob("*[!z].tmp"):  # by a kill; .npz.tmp: an evaluation at work
+                    left.unlink()
                 write(out / "args.json", json.dumps(settings(args), indent=2).encode() + b"\n")
                 introduce(args, device, data)
         train(args, data, net, distributed(net), optimizer, state)
         if is_lead():
             command = ["python", "eval_attacks.py", str(out / "last.pt"), "--data", args.data]
+            command += ["--n", str(min(1000, len(data[3])))]
             command += ["--eps", str(args.eps)] if args.eps != 8 / 255 else []
             print(f"Evaluate it: {shlex.join(command)}")
     except KeyboardInterrupt:

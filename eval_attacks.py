@@ -10,20 +10,24 @@ rounding at most.
 
 Options that the attacks share: seed of the noise; index (N,), the images' numbers, 0..N-1 by
 default; batch_size of the forward passes; judge, the model whose verdict counts where `model` is
-only a faster copy of it. ValueError or TypeError, in one line, on images outside [0, 1], labels
-that are no classes, or a model that does not return logits.
+only a faster copy of it; tick(passes), called after each step with the number of images that went
+through the model, a backward counted as a forward. ValueError or TypeError, in one line, on images
+outside [0, 1], labels that are no classes, or a model that does not return logits.
 """
 
 import argparse
 import contextlib
+import datetime
 import hashlib
 import io
 import json
 import math
-import re
+import os
 import signal
 import sys
+import time
 import warnings
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +42,6 @@ import torch.nn.functional as F
 
 import models
 from clirat import (
-    METHODS,
     bad_input_ends_all,
     check_attack,
     frozen,
@@ -51,7 +54,6 @@ from clirat import (
     number,
     pgd,
     pm,
-    progress,
     rank_and_world,
     stop,
     write,
@@ -114,10 +116,11 @@ def graph_device(model):
     return torch.device("cpu")
 
 
-def on_active(function, model, batch_size):
+def on_active(function, model, batch_size, tick, passes):
     """function of rows -> the same with a mask before them: it sees, and gives, active rows alone.
 
-    The other rows are 0. In a CUDA graph the rows are padded, to at most eight sizes.
+    The other rows are 0. In a CUDA graph the rows are padded, to at most eight sizes. passes: how
+    often a call takes a row through the model.
     """
     device = graph_device(model)
     run, eighth = graphed(function, device), math.ceil(batch_size / 8)
@@ -129,6 +132,8 @@ def on_active(function, model, batch_size):
         for output in run(*(t[padded] for t in rows)):
             zeros = output.new_zeros(len(active), *output.shape[1:])
             results.append(zeros.index_copy_(0, index, output[: len(index)]))
+        if tick:
+            tick(passes * len(index))
         return results
 
     return call
@@ -191,7 +196,10 @@ def apgd_checks(steps):
     return checks
 
 
-def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_size=64, judge=None):
+def apgd(
+    model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_size=64, judge=None,
+    tick=None,
+):  # fmt: skip
     """Auto-PGD (Croce & Hein 2020, Algorithm 1), one restart.
 
     x: (N, C, H, W) in [0, 1]. y: (N,). loss: "ce", "dlr" or "targeted", the DLR loss towards each
@@ -214,7 +222,7 @@ def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_si
         (grad,) = torch.autograd.grad(value.sum(), x)
         return value.detach(), grad, logits.detach()
 
-    look = on_active(loss_and_grad, model, batch_size)
+    look = on_active(loss_and_grad, model, batch_size, tick, 2)
 
     def attack(points, k):
         clean, labels, target = x[points], y[points], targets[k, points]
@@ -282,7 +290,7 @@ def project(t, w, b):
         level = torch.maximum(level, raised)
 
 
-def fab_t(model, x, y, *, eps, steps=100, seed=0, index=None, batch_size=64, judge=None):
+def fab_t(model, x, y, *, eps, steps=100, seed=0, index=None, batch_size=64, judge=None, tick=None):
     """Targeted FAB (Croce & Hein 2020b) towards each of the nine likeliest other classes in turn.
 
     x: (N, C, H, W) in [0, 1]. y: (N,). No randomness: seed and index are ignored. Other options:
@@ -303,8 +311,8 @@ def fab_t(model, x, y, *, eps, steps=100, seed=0, index=None, batch_size=64, jud
         with torch.no_grad():
             return (model(x),)
 
-    look = on_active(boundary, model, batch_size)
-    classify = on_active(forward, model, batch_size)
+    look = on_active(boundary, model, batch_size, tick, 2)
+    classify = on_active(forward, model, batch_size, tick, 1)
 
     def attack(points, k):
         clean, labels, target = x[points], y[points], targets[k, points]
@@ -344,7 +352,9 @@ def square_side(query, height, width):
     return min(max(round(math.sqrt(p * height * width)), 1), height, width)
 
 
-def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64, judge=None):
+def square(
+    model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64, judge=None, tick=None
+):
     """Square attack (Andriushchenko et al. 2020, Algorithm 1), one restart.
 
     Random search on the margin z_y - max_{j != y} z_j. x: (N, C, H, W) in [0, 1]. y: (N,). Wants a
@@ -362,7 +372,7 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64,
         with torch.no_grad():
             return (pm(model(x), y),)
 
-    look = on_active(margin_of, model, batch_size)
+    look = on_active(margin_of, model, batch_size, tick, 1)
 
     def attack(points, _):
         clean, labels = x[points], y[points]
@@ -395,7 +405,7 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64,
 
 def uniform_pgd(
     model, x, y, *, eps, steps, step_size=0.003, loss="ce", seed=0, index=None, batch_size=64,
-    judge=None,
+    judge=None, tick=None,
 ):  # fmt: skip
     """PGD as in MAIL's evaluation: uniform start in the ball, step 0.003.
 
@@ -403,9 +413,15 @@ def uniform_pgd(
     """
     x, y, index, _ = checked(model, x, y, eps, index)
     start = x + eps * (2 * noise(x.shape[1:], index, seed).to(x) - 1)
-    options = {"eps": eps, "step_size": step_size, "steps": steps, "loss": loss}
-    batches = zip(*(t.split(batch_size) for t in (x, y, start)), strict=True)
-    return torch.cat([pgd(model, x_, y_, init=start_, **options) for x_, y_, start_ in batches])
+    found = []
+    for x_, y_, now in zip(*(t.split(batch_size) for t in (x, y, start)), strict=True):
+        for few in [5] * (steps // 5) + [steps % 5]:  # the same iterates, with a tick between
+            options = {"eps": eps, "step_size": step_size, "steps": few, "loss": loss}
+            now = pgd(model, x_, y_, init=now, **options)
+            if tick:
+                tick(2 * few * len(x_))
+        found.append(now)
+    return torch.cat(found)
 
 
 def fgsm(model, x, y, *, eps, batch_size=64, **_):
@@ -420,7 +436,7 @@ def fgsm(model, x, y, *, eps, batch_size=64, **_):
 STAGES = {"apgd": apgd, "apgd-t": partial(apgd, loss="targeted"), "fab-t": fab_t, "square": square}
 
 
-def autoattack(model, x, y, *, eps, seed=0, index=None, batch_size=64, judge=None):
+def autoattack(model, x, y, *, eps, seed=0, index=None, batch_size=64, judge=None, tick=None):
     """Standard AutoAttack for L-infinity (Croce & Hein 2020): four attacks on what is robust.
 
     x: (N, C, H, W) in [0, 1]. y: (N,). With fewer than four classes targeted APGD, whose loss needs
@@ -434,7 +450,7 @@ def autoattack(model, x, y, *, eps, seed=0, index=None, batch_size=64, judge=Non
         warnings.warn(doubt, stacklevel=2)
     if judge is None:
         judge, model = model, stand_in(model, x[:8])
-    options = {"eps": eps, "seed": seed, "batch_size": batch_size, "judge": judge}
+    options = {"eps": eps, "seed": seed, "batch_size": batch_size, "judge": judge, "tick": tick}
     names = ["nat", *applicable(STAGES, classes)]
 
     def attack(points, k):
@@ -454,6 +470,10 @@ ATTACKS = {
     "apgd": apgd,
     "aa": autoattack,
 }
+PASSES = {  # of an image through the model at most, a backward counted as a forward
+    "nat": 1, "fgsm": 2, "pgd20": 40, "pgd100": 200, "cw": 40,
+    "apgd": 202, "apgd-t": 9 * 202, "fab-t": 9 * 300, "square": 5001,
+}  # fmt: skip
 PAPER_COLUMNS = ["nat", "pgd20", "pgd100", "cw", "apgd", "aa"]
 
 
@@ -496,36 +516,32 @@ def stand_in(model, x, dtype=None):
     return model
 
 
-def chain(name):
-    """The verdicts that an attack's column needs: AutoAttack's stages count on from NAT."""
-    stages = ["nat", *STAGES]
-    if name == "aa":
-        return stages
-    return stages[: stages.index(name) + 1] if name in STAGES else [name]
+NOT_ASKED, FOOLED_BEFORE = -1, 2  # in place of a verdict; 1: misclassified, 0: not
 
 
-def survivors(verdicts, names, n):
-    """Which of the first n images no attack in names fools, (n,)."""
-    return torch.stack([verdicts[name][:n] == 0 for name in names if name in verdicts]).all(0)
+def robust_in(verdicts, name):
+    """Which images an attack did not fool, (n,) bool: for `aa` those that Square's turn left."""
+    return verdicts["square" if name == "aa" else name] == 0
 
 
 def evaluate(
-    model, x, y, attacks, *, n=None, eps, seed=0, batch_size=64, amp=False, verdicts=None, save=None
+    model, x, y, attacks, *, eps, seed=0, batch_size=64, amp=False, verdicts=None, save=None
 ):
-    """Verdicts of `attacks`, names from ATTACKS, on the first n of uint8 images x (N, C, H, W).
+    """Verdicts of `attacks`, names from ATTACKS, on uint8 images x (N, C, H, W).
 
     y: (N,). amp: attack a copy in bfloat16; only the model itself counts a success.
-    Returns {name: (N,) int8}: 1 misclassified, 0 not, -1 not asked. For AutoAttack these are its
-    stages, each asked only of images that are still robust. verdicts: such a dict of an earlier
-    call with the same settings, filled up in place. save(verdicts): called as they come
-    in; under torchrun, where the processes share the images, after every attack.
+    Returns {name: (N,) int8}: 1 misclassified, 0 not, -1 not asked yet. For AutoAttack these are
+    its stages, each asked only of images that are still robust, 2 at the others: 0 after the last
+    one, `square`, is robust. verdicts: such a dict of an earlier call with the same settings,
+    filled up in place. save(verdicts): called as they come in; under torchrun, where the processes
+    share the images, after every attack.
     ValueError on an unknown attack, TypeError on images that are not uint8.
     """
     if unknown := set(attacks) - ATTACKS.keys():
         raise ValueError(f"unknown attacks {', '.join(sorted(unknown))}: use {', '.join(ATTACKS)}")
     if x.dtype != torch.uint8:
         raise TypeError(f"want uint8 images, got {x.dtype}: multiply those in [0, 1] by 255, round")
-    n, (rank, world) = n or len(x), rank_and_world()
+    rank, world = rank_and_world()
     verdicts = {} if verdicts is None else verdicts
     *_, classes = checked(model, x[:8] / 255, y[:8], eps)
     if len(y) != len(x) or not 0 <= y.min() <= y.max() < classes:
@@ -538,28 +554,57 @@ def evaluate(
     stages = applicable(STAGES, classes) if "aa" in attacks else []
     plan = dict.fromkeys(["nat", *(name for name in attacks if name != "aa"), *stages])
     for name in plan:
-        verdicts.setdefault(name, torch.full((len(x),), -1, dtype=torch.int8))
-        todo = verdicts[name][:n] < 0
-        if name in STAGES:
-            todo &= survivors(verdicts, chain(name)[:-1], n)
-        todo = todo.nonzero().squeeze(1)[rank::world]
+        verdicts.setdefault(name, torch.full((len(x),), NOT_ASKED, dtype=torch.int8))
+
+    def spare():  # what one of AutoAttack's attacks fooled, the later ones leave alone
+        fooled = torch.zeros(len(x), dtype=torch.bool)
+        for name in ("nat", *(name for name in STAGES if name in plan)):
+            verdicts[name][fooled] = FOOLED_BEFORE
+            fooled |= verdicts[name] > 0
+
+    terminal, begun = sys.stderr.isatty() and is_lead(), time.perf_counter()
+    done, goal, shown = 0, 0, 0.0
+
+    def tick(passes):  # on a terminal: where it is, and how long all that is planned can take
+        nonlocal done, shown
+        done, now = done + passes, time.perf_counter()
+        if terminal and now - shown > 0.5:
+            left, shown = "estimating", now
+            if done:
+                seconds = max(goal - done, 0) / done * (now - begun)
+                left = f"at most {datetime.timedelta(seconds=round(seconds))} left in all"
+            print(f"\r{where}, {left}\033[K", end="", file=sys.stderr, flush=True)
+
+    for name in plan:
+        spare()
+        todo = (verdicts[name] == NOT_ASKED).nonzero().squeeze(1)[rank::world]
         chunk = batch_size if x.device.type == "cpu" else 4 * batch_size  # recorded for each anew
-        for index in progress(todo.split(chunk) if len(todo) else [], name):
+        batches = todo.split(chunk) if len(todo) else []
+        for i, index in enumerate(batches, 1):
+            where = f"{name}, batch {i}/{len(batches)}"
+            ahead = {k: (verdicts[k] == NOT_ASKED).sum().item() // world for k in plan}
+            goal = done + sum(PASSES.get(k, 1) * n for k, n in ahead.items())
+            tick(0)
             images, labels = x[index].to(memory_format=layout(x.device)) / 255, y[index]
             options = {"eps": eps, "seed": seed, "index": index, "batch_size": batch_size}
             attack = (STAGES | ATTACKS)[name]
             attacked = fast if name == "square" else half
-            x_adv = attack(attacked, images, labels, judge=model, **options)
+            x_adv = attack(attacked, images, labels, judge=model, tick=tick, **options)
             wrong = verdict(model, images, labels, x_adv, eps, batch_size)
+            tick(len(index))
             verdicts[name][index] = wrong.to("cpu", torch.int8)
+            spare()
             if save and world == 1:
                 save(verdicts)
         if world > 1:
             merged = verdicts[name].to(x.device)
             dist.all_reduce(merged, dist.ReduceOp.MAX)
             verdicts[name] = merged.cpu()
+            spare()
             if save and rank == 0:
                 save(verdicts)
+    if terminal:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
     return verdicts
 
 
@@ -628,12 +673,12 @@ def wilson(k, n, z=1.96):
     return (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
 
 
-def summarise(verdicts, attacks, n):
+def summarise(verdicts, attacks):
     """{name: {robust, accuracy (%), interval (%)}} for attacks and AutoAttack's stages."""
-    figures = {}
+    figures, n = {}, len(verdicts["nat"])
     stages = [stage for stage in STAGES if "aa" in attacks and stage in verdicts]
     for name in dict.fromkeys([*attacks, *stages]):
-        k = survivors(verdicts, chain(name), n).sum().item()
+        k = robust_in(verdicts, name).sum().item()
         interval = [100 * end for end in wilson(k, n)]
         figures[name] = {"robust": k, "accuracy": 100 * k / n, "interval": interval}
     return figures
@@ -643,66 +688,23 @@ def print_row(label, n, eps, cells):
     print(f"| {label} | {n} | {255 * eps:.4g}/255 | {' | '.join(cells)} |", flush=True)
 
 
-def paper_row(metadata, attacks):
-    """The paper's cells for a method and architecture, or None."""
-    for line in PAPER.get(metadata.get("arch"), "").strip().splitlines():
+def paper_row(settings, attacks):
+    """The paper's cells for what `settings` of a verdict file say, or None if it has none."""
+    training = settings["training"]
+    if settings["dataset"] != "CIFAR-10" or abs(settings["eps"] - 8 / 255) > 1e-9:
+        return None
+    for line in PAPER.get(training.get("arch"), "").strip().splitlines():
         method, cells = line.split(maxsplit=1)
-        if method == metadata.get("method"):
+        if method == training.get("method"):
             values = dict(zip(PAPER_COLUMNS, cells.split(", "), strict=True))
             return [values.get(name, "") for name in attacks]
     return None
 
 
-def paired_cell(ours, theirs):
-    """Difference in accuracy (points) of two methods' runs on the same images, as text.
-
-    ours, theirs: (S, n) bool, survivors of the runs of S seeds. The mean, its std over several
-    seeds, and from 100 images on the 95% interval over the images.
-    """
-    difference = 100 * (ours.double() - theirs.double())
-    mean, n = difference.mean(), difference.shape[1]
-    text = f"{mean:+.2f}"
-    if len(ours) > 1:
-        text += f" ± {difference.mean(1).std():.2f}"
-    if n >= 100:
-        half = 1.96 * difference.mean(0).std() / n**0.5
-        text += f" [{mean - half:+.1f}, {mean + half:+.1f}]"
-    return text
-
-
-def compare(runs, attacks, n, eps):
-    """Rows over several checkpoints: mean and std over seeds, differences between methods.
-
-    runs: (name, metadata, survivors (A, n)) of each. Runs that differ in their seed alone, or in
-    what does not change the training, are one method's; the first of METHODS is the baseline.
-    """
-    apart = {"seed", "init", "best", "eval_every", "eval_size"}
-    groups = {}  # name and settings -> {seed: survivors}
-    order = {method: place for place, method in enumerate(METHODS)}
-    runs = [run for run in runs if {"method", "arch", "seed"} <= run[1].keys()]
-    runs.sort(key=lambda run: order.get(run[1]["method"], len(order)))
-    for name, metadata, robust in runs:
-        skip = apart | ({"epoch"} if "selected_by" in metadata else set())
-        same = {key: value for key, value in metadata.items() if key not in skip}
-        seeds = groups.setdefault(json.dumps(same, sort_keys=True), (name, {}))[1]
-        seeds[metadata["seed"]] = robust
-    groups = list(groups.values())
-    for name, seeds in groups:
-        if len(seeds) > 1:
-            columns = 100 * torch.stack(list(seeds.values()), 1).double().mean(2)  # (A, S)
-            cells = [f"{column.mean():.2f} ± {column.std():.2f}" for column in columns]
-            print_row(f"{name}, mean ± std of {len(seeds)} seeds", n, eps, cells)
-    for name, seeds in groups[1:]:
-        first, base = groups[0]
-        if both := seeds.keys() & base.keys():
-            pair = (torch.stack([g[s] for s in both], 1) for g in (seeds, base))  # (A, S, n) each
-            cells = [paired_cell(*rows) for rows in zip(*pair, strict=True)]
-            print_row(f"{name} minus {first}, paired, seeds: {len(both)}", n, eps, cells)
-
-
 # ---- Verdict files -------------------------------------------------------------------------------
 
-VERSION = 4  # of the attacks: verdicts of another version are not reused
+VERSION = 5  # of the attacks and the files: verdicts of another version are not reused
+CIFAR10 = 21_590_746_922_745  # the CRCs of its 10,000 test images (3, 32, 32), added up
 
 
 def digest(*tensors):
@@ -712,22 +714,57 @@ def digest(*tensors):
     return sha.hexdigest()[:16]
 
 
-def verdict_file(checkpoint):
-    return checkpoint.with_name(f"{checkpoint.name}.eval.npz")
+def dataset(x, spec):
+    """CIFAR-10 where x holds its test images, in any order; else the name of the file, or `toy`."""
+    if sum(map(zlib.crc32, x.cpu().numpy())) == CIFAR10:
+        return "CIFAR-10"
+    return Path(spec).name
 
 
-def read_archive(path):
-    """The arrays of a file of verdicts, none if there is no file.
+def read_verdicts(path):
+    """({name: (n,) int8}, settings) of a verdict file. OSError or ValueError if it is none.
 
-    `<key>/<attack>` is an int8 an image, `<key>/settings` says, as JSON, what the key stands for.
+    The verdicts are those of `evaluate`; settings: n, eps, seed, amp, version, dataset, digests of
+    the test set and the weights, and the training's settings.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            settings = json.loads(str(file["settings"]))
+            names = [name for name in file.files if name != "settings"]
+            return {name: torch.from_numpy(file[name]) for name in names}, settings
     except FileNotFoundError:
-        return {}
+        raise
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"{path} is damaged ({error}): delete it to evaluate afresh") from None
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold others that do the same off, where a folder can be locked (not on Windows)."""
+    held = None
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        held = os.open(folder, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)  # ends with the process
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def keep(path, settings, verdicts):
+    """Write verdicts to their file, and take over what another process put there meanwhile."""
+    with locked(path.parent):
+        there = read_verdicts(path)[0] if path.exists() else {}
+        for name in there.keys() | verdicts.keys():
+            both = [v[name] for v in (there, verdicts) if name in v]
+            verdicts[name] = both[0].maximum(both[-1])  # whatever was asked is above NOT_ASKED
+        buffer = io.BytesIO()
+        arrays = {name: verdict.numpy() for name, verdict in verdicts.items()}
+        np.savez_compressed(buffer, settings=np.array(json.dumps(settings)), **arrays)
+        write(path, buffer.getbuffer())
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -768,36 +805,36 @@ def parse_args(argv):
     return args
 
 
-def evaluate_one(args, path, model, metadata, data):
-    """Evaluate a checkpoint. Returns its verdicts, and what --json says of it."""
-    x, y = data
-    common = {"data": digest(x, y), "eps": args.eps, "seed": args.seed, "amp": args.amp}
-    settings = common | {"version": VERSION, "weights": digest(*model.state_dict().values())}
-    text, kept, notes = json.dumps(settings, sort_keys=True), verdict_file(path), []
-    key = hashlib.sha256(text.encode()).hexdigest()[:12]
-    arrays = read_archive(kept)  # those of other settings stay
-    verdicts = {name: torch.from_numpy(arrays[f"{key}/{name}"])
-                for name in [*ATTACKS, *STAGES] if f"{key}/{name}" in arrays}  # fmt: skip
+def verdict_file(args, path, model, metadata, x, y):
+    """The file for a checkpoint's verdicts under these settings, beside it, and the settings."""
+    settings = {"n": args.n, "eps": args.eps, "seed": args.seed, "amp": args.amp}
+    settings |= {"version": VERSION, "data": digest(x, y)}
+    settings |= {"weights": digest(*model.state_dict().values())}
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    settings |= {"dataset": dataset(x, args.data), "training": metadata}
+    return path.with_name(f"{path.name}.{key}.npz"), settings
+
+
+def evaluate_one(args, path, model, kept, settings, x, y):
+    """Evaluate a checkpoint, its verdicts kept in a file. Returns what --json says of it."""
+    verdicts, notes = read_verdicts(kept)[0] if kept.exists() else {}, []
 
     def save(verdicts):
-        ours = {f"{key}/{name}": t.numpy() for name, t in verdicts.items()}
-        ours[f"{key}/settings"], buffer = np.array(text), io.BytesIO()
         try:
-            np.savez_compressed(buffer, **(read_archive(kept) | ours))
-            write(kept, buffer.getbuffer())
+            keep(kept, settings, verdicts)
         except (OSError, ValueError) as error:
             if not notes:
                 print(f"note: verdicts are not kept: {error}", file=sys.stderr)
             notes.append(error)
 
     options = {"eps": args.eps, "seed": args.seed, "batch_size": args.batch_size, "amp": args.amp}
-    evaluate(model, x, y, args.attacks, n=args.n, verdicts=verdicts, save=save, **options)
-    figures = summarise(verdicts, args.attacks, args.n)
-    warned = doubts(model, x[: args.n] / 255, y[: args.n]) + masking(figures)
-    if "data" in metadata and (metadata["data"] == "toy") != (args.data == "toy"):
-        warned.append(f"trained on {metadata['data']}, evaluated on {args.data}")
-    result = {"checkpoint": str(path), "n": args.n, **common, "attacks": figures}
-    return verdicts, result | {"warnings": warned, "training": metadata}
+    evaluate(model, x, y, args.attacks, verdicts=verdicts, save=save, **options)
+    figures = summarise(verdicts, args.attacks)
+    warned = doubts(model, x / 255, y) + masking(figures)
+    trained_on = settings["training"].get("data")
+    if trained_on and (trained_on == "toy") != (args.data == "toy"):
+        warned.append(f"trained on {trained_on}, evaluated on {args.data}")
+    return {"checkpoint": str(path)} | settings | {"attacks": figures, "warnings": warned}
 
 
 def main(argv=None):
@@ -816,14 +853,17 @@ def main(argv=None):
         args.n = args.n or len(x)
         if args.n > len(x):
             raise ValueError(f"--n {args.n} is more than the {len(x)} test images")
-        for path, (model, _) in zip(args.checkpoints, networks, strict=True):
+        kept = []  # (file, settings) of each checkpoint
+        for path, (model, metadata) in zip(args.checkpoints, networks, strict=True):
             classes = list(model.parameters())[-1].numel()  # the last layer's bias
             ten = not args.data.endswith(".npz")  # CIFAR-10 and toy; a test set may lack the last
             if y.max() >= classes or (ten and classes != 10):
                 raise ValueError(f"{path} knows {classes} classes, {args.data} has {y.max() + 1}")
-            read_archive(verdict_file(path))
+            kept.append(verdict_file(args, path, model, metadata, x, y))
+            if kept[-1][0].exists():
+                read_verdicts(kept[-1][0])
 
-    results, runs, status, message = [], [], 0, None
+    results, status, message = [], 0, None
     if is_lead():
         images = f"{args.n} of {len(x)} test images {tuple(x.shape[1:])}, {y.max() + 1} classes"
         print(f"{args.data}: {images}, on {device}\n")
@@ -831,28 +871,24 @@ def main(argv=None):
         print(f"|---{'|---' * (2 + len(args.attacks))}|", flush=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        for path, (model, metadata) in zip(args.checkpoints, networks, strict=True):
+        for path, (model, _), (file, settings) in zip(
+            args.checkpoints, networks, kept, strict=True
+        ):
             model.to(device, memory_format=layout(device))
-            verdicts, result = evaluate_one(args, path, model, metadata, (x, y))
+            result = evaluate_one(args, path, model, file, settings, x[: args.n], y[: args.n])
             if not is_lead():
                 continue
             results.append(result)
             cell = "{accuracy:.2f} [{interval[0]:.1f}, {interval[1]:.1f}]"
             cells = [cell.format(**result["attacks"][name]) for name in args.attacks]
             print_row(path, args.n, args.eps, cells)
-            cifar10 = args.data != "toy" and not args.data.endswith(".npz")
-            reference = paper_row(metadata, args.attacks)
-            if reference and cifar10 and args.eps == 8 / 255:
-                name = f"the paper's {metadata['method']}, {metadata['arch']}"
+            if reference := paper_row(settings, args.attacks):
+                name = "the paper's {method}, {arch}".format(**settings["training"])
                 print_row(name, "?", args.eps, reference)  # it does not state its n
             if args.json:
                 write(args.json, json.dumps(results, indent=2).encode() + b"\n")
             for doubt in result["warnings"]:
                 print(f"warning: {path}: {doubt}", file=sys.stderr)
-            robust = [survivors(verdicts, chain(name), args.n) for name in args.attacks]
-            folder = re.sub(r"-s[0-9]+$", "", path.resolve().parent.name)  # the same for all seeds
-            runs.append((f"{folder}/{path.name}", metadata, torch.stack(robust)))  # (A, n)
-        compare(runs, args.attacks, args.n, args.eps)
     except KeyboardInterrupt:
         status, message = 130, f"\n{program}: stopped: the same command goes on from there"
     except OSError as error:

@@ -310,9 +310,12 @@ def load_weights(net, state, path):
 
 
 def plain(values):
-    """What of a dict are plain values, numpy's scalars included."""
+    """What of a dict are plain values, numpy's scalars and short lists of integers included."""
     values = {str(k): v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
-    return {k: v for k, v in values.items() if isinstance(v, str | int | float | bool | None)}
+    lists = {k for k, v in values.items() if isinstance(v, list) and len(v) < 10}
+    lists = {k for k in lists if all(isinstance(i, int) for i in values[k])}
+    kinds = str | int | float | bool | None
+    return {k: v for k, v in values.items() if isinstance(v, kinds) or k in lists}
 
 
 def load(path, name=None):

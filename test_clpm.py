@@ -807,7 +807,9 @@ TRAIN = [
     ("--init run/burnin.pt --method trades", "burn-in"),
     ("--init run/last.pt --epochs 4 --method mail-at", "method was clirat, not mail-at"),
     ("--out pile", "already holds a run: add --resume"),
+    ("--out pile --init run/burnin.pt", "already holds a run: choose another --out"),
     ("--out run --resume --gamma 3", "gamma was 10.0, not 3.0"),
+    ("--out run --resume --init nowhere.pt", "no --init, not --init nowhere.pt"),
 ]
 EVAL = [
     ("run", "run/last.pt"),
@@ -815,7 +817,7 @@ EVAL = [
     ("weights.pt --data toy", "5 classes"),
     ("--attacks nat weights.pt", "checkpoints come first"),
     ("weights.pt --json nowhere/figures.json", "nowhere"),
-    ("damaged.pt", "damaged.pt.eval.npz"),
+    ("damaged.pt --attacks nat", "is damaged"),
 ]
 
 
@@ -847,7 +849,10 @@ def desk(data, straight, tmp_path_factory):
     torch.save(models.build("wrn-10-1", 5).state_dict(), folder / "weights.pt")
     (folder / "truncated.pt").write_bytes((folder / "weights.pt").read_bytes()[:5000])
     shutil.copy(folder / "weights.pt", folder / "damaged.pt")
-    (folder / "damaged.pt.eval.npz").write_text("damaged")
+    words = [str(folder / "damaged.pt"), "--data", str(data), "--attacks", "nat", "--device", "cpu"]
+    eval_attacks.main(words)
+    (verdicts,) = folder.glob("damaged.pt.*.npz")
+    verdicts.write_text("damaged")
     (folder / "pile").mkdir()
     shutil.copy(folder / "weights.pt", folder / "pile")
     return folder

@@ -84,18 +84,19 @@ def main():
         epoch = (time.monotonic() - begun - loaded) / 30
 
         for kill in range(20):
-            process = resume(killed)
+            stale, process = {*killed.glob("*.tmp")}, resume(killed)
             if kill % 2:
                 time.sleep(rng.uniform(0.8 * loaded, loaded + 3 * epoch))
             else:
                 if rng.random() < 0.7:  # let an epoch end first, so that the run gets on
                     logged = epochs(killed)
                     wait_for(lambda logged=logged: epochs(killed) > logged, process)
-                wait_for(lambda: any(killed.glob("*.tmp")), process)
+                wait_for(lambda stale=stale: {*killed.glob("*.tmp")} - stale, process)
             process.kill()
             process.communicate()
             print(f"kill {kill + 1}: {epochs(killed)} epochs logged", flush=True)
         finish(resume(killed))
+        assert not any(killed.glob("*.tmp"))
         for name in ("last.pt", "best.pt", "burnin.pt"):
             a, b = (torch.load(out / name, weights_only=True) for out in (straight, killed))
             assert same(a, b), name
@@ -120,10 +121,13 @@ def main():
         print("a full disk: one line, and the last checkpoint is whole")
 
         straight.joinpath("copy.pt").write_bytes((straight / "last.pt").read_bytes())
-        kept = straight / "copy.pt.eval.npz"
         process = start_evaluation(straight / "copy.pt", 4)
-        in_fab = lambda: kept.exists() and any("fab-t" in name for name in np.load(kept).files)  # noqa: E731
-        assert wait_for(in_fab, process)
+
+        def after_apgd_t():
+            found = [np.load(file)["apgd-t"] for file in straight.glob("copy.pt.*.npz")]
+            return found and (found[0] != -1).all()
+
+        assert wait_for(after_apgd_t, process)
         process.kill()
         assert process.wait() == -signal.SIGKILL, "the evaluation was over before the kill"
         process.communicate()

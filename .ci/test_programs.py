@@ -6,7 +6,9 @@ import gc
 import io
 import json
 import math
+import os
 import shutil
+import sys
 import types
 import warnings
 import zipfile
@@ -141,17 +143,26 @@ def test_evaluate_keeps_and_reuses_verdicts():
             x_adv = attack(net, x / 255, y, eps=0.01)
             wrong = net(x_adv).argmax(1) != y
             assert torch.equal(wrong[asked[name] >= 0], asked[name][asked[name] >= 0].bool())
-    first = evaluate(net, x, y, ["apgd"], n=8, batch_size=3)
-    assert (first["apgd"][8:] == -1).all()
-    more = evaluate(net, x, y, ["apgd"], verdicts=first)
-    assert torch.equal(more["apgd"], asked["apgd"])
+    shown, first = [], {name: v.clone() for name, v in asked.items() if name in ("nat", "apgd")}
+    first["apgd"][8:][first["apgd"][8:] < 2] = -1  # as if stopped there
+    evaluate(
+        net, x, y, ["apgd"], batch_size=3, verdicts=first, save=lambda v: shown.append(dict(v))
+    )
+    assert torch.equal(first["apgd"], asked["apgd"])
+    assert len(shown) == math.ceil((asked["apgd"][8:] < 2).sum() / 3)  # the others were not asked
     x_adv = eval_attacks.autoattack(net, x / 255, y, eps=0.01)  # the same attacks in one call
     both = evaluate(net, x, y, ["aa"])
-    assert torch.equal(net(x_adv).argmax(1) == y, eval_attacks.survivors(both, [*both], 20))
+    robust = net(x_adv).argmax(1) == y
+    assert torch.equal(robust, both["square"] == 0)
+    assert torch.equal(robust, eval_attacks.robust_in(both, "aa"))
+    stages = torch.stack([both[name] for name in ("nat", "apgd", "fab-t", "square")])
+    assert (stages >= 0).all()
+    assert ((stages == 1).sum(0) == ~robust).all()  # fooled once, then left alone
+    assert ((stages == 2) == ((stages == 1).cumsum(0) - (stages == 1).int() > 0)).all()
     known = {"nat": torch.ones(20, dtype=torch.int8)}  # all wrong: nothing is left to attack
     with pytest.warns(UserWarning, match="3 classes"):
         evaluate(net, x, y, ["aa"], verdicts=known)
-    assert (known["square"] == -1).all()
+    assert (known["square"] == 2).all()
     assert "apgd-t" not in known
     half = evaluate(net, x, y, ["apgd"], amp=True)["apgd"]
     assert (half != asked["apgd"]).sum() <= 2
@@ -471,51 +482,118 @@ def evaluate_files(*words):
 
 
 def test_evaluation_files(data, straight, tmp_path, capsys):
-    checkpoint, paths = torch.load(straight / "last.pt", weights_only=True), []
-    for method in ("mail-at", "clirat", "at"):
-        for seed in (1, 2):
-            checkpoint["args"] |= {"method": method, "seed": seed}
-            paths.append(tmp_path / f"{method}-s{seed}" / "last.pt")
-            paths[-1].parent.mkdir()
-            torch.save(checkpoint, paths[-1])
-    figures = tmp_path / "figures.json"
+    path, figures = tmp_path / "last.pt", tmp_path / "figures.json"
+    shutil.copy(straight / "last.pt", path)
     options = ["--data", data.with_name("test.npz"), "--attacks", "nat", "pgd20", "--json", figures]
     for n, eps in ((10, "1/255"), (10, "8/255"), (30, "1/255")):
-        evaluate_files(*paths, *options, "--n", n, "--eps", eps)
-    rows = capsys.readouterr().out.strip().splitlines()[-13:]
+        evaluate_files(path, *options, "--n", n, "--eps", eps)
+    rows = capsys.readouterr().out.strip().splitlines()[-3:]
     assert rows[0] == "| checkpoint | n | eps | NAT | PGD20 |"
-    assert rows[2].split("|")[2:] == rows[3].split("|")[2:]
-    assert "at/last.pt, mean ± std of 2 seeds | 30 | 1/255" in rows[8]
-    pairs = [row.split("|")[1].strip() for row in rows[11:]]
-    ending = "minus at/last.pt, paired, seeds: 2"
-    assert pairs == [f"mail-at/last.pt {ending}", f"clirat/last.pt {ending}"]
-    assert rows[12].endswith("| +0.00 ± 0.00 | +0.00 ± 0.00 |")  # 30 images: no interval
-    told = json.loads(figures.read_text())
-    net, _ = models.load(paths[0])
+    assert rows[2].startswith(f"| {path} | 30 | 1/255 | ")
+    (told,), (net, _) = json.loads(figures.read_text()), models.load(path)
     x, y = clirat.load_data(str(data), ["test"])
     expected = eval_attacks.evaluate(net, x, y, ["nat", "pgd20"], eps=1 / 255)
-    for name, verdicts in expected.items():
-        assert told[0]["attacks"][name]["robust"] == (verdicts == 0).sum()
-    assert told[0]["training"]["method"] == "mail-at"
-    kept = np.load(f"{paths[0]}.eval.npz")
-    lengths = [(kept[name] >= 0).sum() for name in kept.files if "pgd20" in name]
-    assert sorted(lengths) == [10, 30]
+    kept = [eval_attacks.read_verdicts(file) for file in tmp_path.glob("last.pt.*.npz")]
+    assert sorted((s["n"], s["eps"]) for _, s in kept) == [
+        (10, 1 / 255), (10, 8 / 255), (30, 1 / 255),
+    ]  # fmt: skip
+    verdicts, settings = next(item for item in kept if item[1]["n"] == 30)
+    for name in "nat", "pgd20":
+        assert torch.equal(verdicts[name], expected[name])
+        assert told["attacks"][name]["robust"] == (expected[name] == 0).sum()
+    assert settings["training"]["method"] == "clirat"
+    assert settings["training"]["lr_milestones"] == [2, 2]
+    assert settings["dataset"] == "test.npz"
+    assert eval_attacks.wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # by a table
 
 
-def test_rows_by_hand(capsys):
-    ours = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]]).bool().repeat(1, 25)
-    theirs = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 1]]).bool().repeat(1, 25)
-    # both seeds 25 points; images 50, 50, 0, 0 points: 25 +- 1.96 * 25.13 / 10
-    assert eval_attacks.paired_cell(ours, theirs) == "+25.00 ± 0.00 [+20.1, +29.9]"
-    tables = pytest.approx((0.4038, 0.5962), abs=1e-4)  # as in tables of Wilson's interval
-    assert eval_attacks.wilson(50, 100) == tables
-    rows = [("ours", {"method": "clirat"}, ours[:1]), ("base", {"method": "at"}, 0 * ours[:1])]
-    rows = [(name, row | {"arch": "a", "seed": 1}, robust > 0) for name, row, robust in rows]
-    eval_attacks.compare(rows, ["nat"], 100, 0.1)
-    assert "ours minus base, paired, seeds: 1 | 100 | 25.5/255 | +75.00" in capsys.readouterr().out
-    metadata = {"method": "clirat", "arch": "resnet18"}
-    assert eval_attacks.paper_row(metadata, ["aa", "fgsm"]) == ["45.50 ± 0.90", ""]
-    assert eval_attacks.paper_row({"method": "clirat", "arch": "wrn-10-1"}, ["aa"]) is None
+def test_the_papers_rows():
+    training = {"method": "clirat", "arch": "resnet18"}
+    settings = {"dataset": "CIFAR-10", "eps": 8 / 255, "training": training}
+    row = eval_attacks.paper_row
+    assert row(settings, ["aa", "fgsm"]) == ["45.50 ± 0.90", ""]
+    for other in (
+        {"dataset": "toy"},
+        {"eps": 4 / 255},
+        {"training": training | {"arch": "wrn-10-1"}},
+    ):
+        assert row(settings | other, ["aa"]) is None
+
+
+def evaluate_at_once(rank, folder, checkpoint, data, barrier):
+    torch.set_num_threads(1)
+    attacks = ["nat", "pgd20", "cw"], ["nat", "fgsm", "pgd20"]
+    for i in range(20):
+        path = folder / f"{i}.pt"
+        if rank == 0:
+            shutil.copy(checkpoint, path)
+        barrier.wait()
+        with open(folder / f"{rank}.err", "a") as file, contextlib.redirect_stderr(file):
+            names = attacks[rank if i % 2 else 0]
+            evaluate_files(path, "--data", data, "--attacks", *names, "--batch-size", "3")
+
+
+def test_two_evaluations_at_once_lose_nothing(data, straight, tmp_path, capfd):
+    context = torch.multiprocessing.get_context("spawn")
+    arguments = (tmp_path, straight / "last.pt", data, context.Barrier(2))
+    torch.multiprocessing.spawn(evaluate_at_once, arguments, nprocs=2)
+    assert (tmp_path / "0.err").read_text() == (tmp_path / "1.err").read_text() == ""
+    found = [eval_attacks.read_verdicts(*tmp_path.glob(f"{i}.pt.*.npz"))[0] for i in range(20)]
+    for i, verdicts in enumerate(found):
+        assert verdicts.keys() == {"nat", "pgd20", "cw", *(["fgsm"] if i % 2 else [])}
+        assert all((verdict >= 0).all() for verdict in verdicts.values())
+        assert all(torch.equal(v, found[1][name]) for name, v in verdicts.items())
+    assert not any(tmp_path.glob("*.tmp"))
+
+
+def test_temporary_files(tmp_path, monkeypatch):
+    names, replace = [], os.replace
+
+    def noted(old, new):
+        names.append(Path(old).name)
+        if len(names) == 2:
+            raise OSError("full")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", noted)
+    clirat.write(tmp_path / "a", b"1")
+    with pytest.raises(OSError, match="full"):
+        clirat.write(tmp_path / "a", b"2")
+    assert str(os.getpid()) in names[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"1"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_of_an_evaluation(monkeypatch):
+    net, (x, y), passes = small_network().eval(), small_images(12), []
+    y = net(x).argmax(1)
+    for name, most in eval_attacks.PASSES.items():
+        passes.clear()
+        attack = (eval_attacks.STAGES | eval_attacks.ATTACKS)[name]
+        attack(net, x, y, eps=0.0, batch_size=5, tick=passes.append)  # none is fooled
+        if name not in ("nat", "fgsm"):  # one step
+            assert sum(passes) == 12 * most
+    monkeypatch.setattr("sys.stderr", Terminal())
+    clock = iter(range(10**6))
+    fake = types.SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr(eval_attacks, "time", fake)
+    images = (x * 255).round().byte()
+    eval_attacks.evaluate(net, images, net(images / 255).argmax(1), ["pgd20"], eps=0, batch_size=6)
+    lines = sys.stderr.getvalue().replace("\033[K", "").split("\r")[1:]
+    # a second a line: 12 images are 12 * (1 + 40) passes, a verdict and each of 4 steps of 5
+    assert lines[0] == "nat, batch 1/2, estimating"
+    assert lines[1] == f"nat, batch 1/2, at most {str_of(2 * (492 - 6) / 6)} left in all"
+    assert lines[-2].startswith("pgd20, batch 2/2, at most 0:00:0")
+    assert lines[-1] == ""
+
+
+def str_of(seconds):
+    return f"0:0{round(seconds) // 60}:{round(seconds) % 60:02d}"
 
 
 def test_verdicts_that_cannot_be_kept(data, straight, tmp_path, monkeypatch, capsys):
