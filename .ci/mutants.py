@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 TIMEOUT = 600  # seconds of one pytest run; an edit that makes it hang is noticed, too
-TESTS = "test_clpm.py", ".ci/test_programs.py"
+TESTS = "test_clpm.py", ".ci/test_programs.py", ".ci/test_study.py"
 
 # name | file | pytest -k expression of the tests that should notice
 # -text to find, exactly once in the file
@@ -602,17 +602,17 @@ networks that may read a value are recorded | eval_attacks.py | networks_are_rec
 -type(model.net) in (models.ResNet18, models.WideResNet)
 +isinstance(model.net, (models.ResNet18, models.WideResNet))
 
-survivors: any for all | eval_attacks.py | verdicts or evaluation_files
-- if name in verdicts]).all(0)
-+ if name in verdicts]).any(0)
+images that an earlier attack fooled count as robust | eval_attacks.py | verdicts
+-return verdicts["square" if name == "aa" else name] == 0
++return verdicts["square" if name == "aa" else name] != 1
 
 a stage asked of images that are fooled | eval_attacks.py | verdicts
--            todo &= survivors(verdicts, chain(name)[:-1], n)
+-            verdicts[name][fooled] = FOOLED_BEFORE
 +            pass
 
 --amp: an attack stops without float32's confirmation | eval_attacks.py | what_is
--judge=model, **options
-+judge=attacked, **options
+-judge=model, tick=tick, **options
++judge=attacked, tick=tick, **options
 
 --amp: the verdict of bfloat16 | eval_attacks.py | what_is
 -wrong = verdict(model, images, labels, x_adv, eps, batch_size)
@@ -630,21 +630,89 @@ Wilson interval's z | eval_attacks.py | rows_by_hand
 -z=1.96
 +z=1.64
 
-paired interval over the seeds | eval_attacks.py | rows_by_hand
--half = 1.96 * difference.mean(0).std() / n**0.5
-+half = 1.96 * difference.mean(1).std() / n**0.5
+paired interval over the seeds | .figures/table.py | table_by_hand
+-half = 1.96 * points.mean(0).std() / n**0.5
++half = 1.96 * points.mean(1).std() / n**0.5
 
-paired difference reversed | eval_attacks.py | rows_by_hand
--(ours.double() - theirs.double())
-+(theirs.double() - ours.double())
+std of the population | .figures/table.py | table_by_hand
+-points.mean(1).std():.2f
++points.mean(1).std(correction=0):.2f
 
-paired difference: baseline reversed | eval_attacks.py | rows_by_hand
--for g in (seeds, base)
-+for g in (base, seeds)
+settings ignored where runs are grouped | .figures/table.py | table_compares
+-for other, seeds in groups if other == same
++for other, seeds in groups if other["method"] == same["method"]
+
+compared whatever else differs | .figures/table.py | table_compares
+-(unweighted or claim) and without(ours, WEIGHTING) == without(theirs, WEIGHTING)
++(unweighted or claim)
+
+the paper's row for any gamma | .figures/table.py | table_compares
+-if not usual or training
++if training
+
+test sets may differ | .figures/table.py | table_compares
+-for name in "data", "eps", "seed", "version":
++for name in "eps", "seed", "version":
+
+attacks that are not through in the table | .figures/table.py | table_compares
+-if asked is not None and (asked != NOT_ASKED).all():
++if asked is not None:
+
+forks start from their own burn-in | .ci/study.py | test_study
+-str(folders[first] / "burnin.pt")
++str(folder / "burnin.pt")
+
+FAT forks from another's burn-in | .ci/study.py | test_study
+-[m for m in folders if "fat" not in (m, method) or m == method]
++[*folders]
+
+verdicts of an unfinished run in the study's table | .ci/study.py | test_study
+-if file[0]["training"].get("epoch") == args.epochs
++if True
+
+a study without AutoAttack's --amp | .ci/study.py | test_study
+-(["aa"], args.n_aa, ["--amp"])
++(["aa"], args.n_aa, amp)
+
+a program gets no time to stop | .ci/study.py | study_bounds
+-process.send_signal(signal.SIGINT)
++process.kill()
+
+paired difference reversed | .figures/table.py | table_by_hand
+-mine[seed][k] - other[seed][k]
++other[seed][k] - mine[seed][k]
+
+paired difference: not with the unweighted one | .figures/table.py | table_by_hand
+-ours["method"] != theirs["method"] == mine.loss
++theirs["method"] != ours["method"] == mine.loss
 
 verdicts kept for any settings | eval_attacks.py | evaluation_files
--key = hashlib.sha256(text.encode()).hexdigest()[:12]
-+key = hashlib.sha256(b"").hexdigest()[:12]
+-key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
++key = hashlib.sha256(b"").hexdigest()[:8]
+
+verdicts of another process overwritten | eval_attacks.py | at_once
+-there = read_verdicts(path)[0] if path.exists() else {}
++there = {}
+
+verdicts written without a lock | eval_attacks.py | at_once
+-fcntl.flock(held, fcntl.LOCK_EX)
++pass
+
+one temporary name for all processes | clirat.py | temporary
+-f"{os.getpid()}.{path.name}.tmp"
++f"{path.name}.tmp"
+
+a temporary file left by a failed write | clirat.py | temporary
+-        temporary.unlink(missing_ok=True)
++        pass
+
+--resume ignores --init | clirat.py | bad_input
+-if args.init and (not init or Path(args.init).absolute() != Path(init).absolute()):
++if False:
+
+the paper's row for any data | eval_attacks.py | papers_rows
+-settings["dataset"] != "CIFAR-10" or
++
 
 autoattack() judged by the folded copy | eval_attacks.py | what_is
 -judge, model = model, stand_in(model, x[:8])
@@ -774,7 +842,8 @@ def copy_of(root, folder):
     """The code and tests of root, copied into folder, as a Path."""
     for path in root.glob("*.py"):
         shutil.copy(path, folder)
-    shutil.copytree(root / ".ci", Path(folder, ".ci"))
+    for name in ".ci", ".figures":
+        shutil.copytree(root / name, Path(folder, name))
     return Path(folder)
 
 

@@ -1,0 +1,213 @@
+"""Train methods, evaluate them and print their table: the paper's, as far as time allows.
+
+    python .ci/study.py --seeds 1 2 3 --out runs -- --amp --compile    Table 1's AT rows
+
+Of each seed and loss the first method is trained from the start and the others from its burnin.pt;
+then come NAT, PGD-20 and CW on --n test images, AutoAttack in bfloat16 on --n-aa, and PGD-100 and
+APGD-CE on --n-long, in bfloat16 if --amp is among the training's options. The same command goes on
+where it was stopped. Exit status 1 while something is missing.
+"""
+
+import argparse
+import csv
+import fcntl
+import json
+import math
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / ".figures")]
+import table
+
+import clirat
+from clirat import METHODS, number
+
+FOR_TRAINING = 0.85  # of --seconds; the rest is for evaluation
+SHORTEST = 15  # seconds; a part is not started for less
+GRACE = 5  # seconds between SIGINT, at which a program keeps what it has, and SIGKILL
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser("study.py", "%(prog)s [options] [-- options of clirat.py]")
+    parser.description = __doc__.partition("\n")[0]
+    add, count = parser.add_argument, number(int, 1)
+    add("--methods", nargs="+", choices=METHODS, default=["at", "mail-at", "clirat"], metavar="M")
+    add("--seeds", nargs="+", type=number(int, 0), default=[1], metavar="S")
+    add("--epochs", type=count, default=120)
+    add("--arch", default="resnet18")
+    add("--data", default="data", help="folder of CIFAR-10, FILE.npz or toy")
+    add("--n", type=count, default=10_000, help="test images for NAT, PGD-20, CW")
+    add("--n-long", type=count, default=2000, help="... for PGD-100, APGD-CE")
+    add("--n-aa", type=count, default=512, help="... for AutoAttack")
+    add("--seconds", type=number(float, 0), default=math.inf, help="for all of it")
+    add("--out", type=Path, required=True, metavar="DIR", help="where the run folders are")
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:end])
+    args.options = argv[end + 1 :]
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        images = len(clirat.load_data(args.data, ["test"])[1])
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    args.methods = [method for method in METHODS if method in args.methods]  # unweighted ones first
+    args.n, args.n_long, args.n_aa = (min(n, images) for n in (args.n, args.n_long, args.n_aa))
+    for seed in args.seeds:
+        folders = folders_of(args, seed)
+        for method, folder in folders.items():
+            now = clirat.settings(clirat.parse_args(training(args, method, folders)[1:]))
+            args.eps = now["eps"]
+            if (folder / "args.json").exists():
+                before = json.loads((folder / "args.json").read_text())
+                changed = [k for k in now if k != "init" and before.get(k) != now[k]]
+                if changed:
+                    parser.error(f"{folder} was started with another {', '.join(changed)}")
+    return args
+
+
+def folders_of(args, seed):
+    """{method: run folder}."""
+    return {method: args.out / f"{method}-{args.arch}-s{seed}" for method in args.methods}
+
+
+def lock(folder, deadline):
+    """Wait until no other study, nor a program that a killed one left behind, works in folder."""
+    file = open(folder / ".study.lock", "w")  # noqa: SIM115  held, by the programs too, to the end
+    said = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if not said:
+                print(f"waiting: another study, or what one left, is at work in {folder}")
+            said = True
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.5)
+
+
+def run(command, until, held):
+    """Run one of the programs, its output shown, to `until` at most. Returns its exit status."""
+    left = until - time.monotonic()
+    if left < SHORTEST:
+        return None
+    print(f"\n$ python {shlex.join(command)}", flush=True)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / command[0], *command[1:]], pass_fds=[held.fileno()]
+    )
+    try:
+        return process.wait(left - GRACE if left < math.inf else None)
+    except subprocess.TimeoutExpired:
+        print("time is up for this part", flush=True)
+    finally:  # Ctrl-C comes here as well
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    return process.wait()
+
+
+def epochs_of(folder):
+    """How many epochs a run has behind it."""
+    if not (folder / "log.csv").exists():
+        return 0
+    with open(folder / "log.csv", newline="") as file:
+        return max((int(row["epoch"]) for row in csv.DictReader(file)), default=0)
+
+
+def training(args, method, folders):
+    """The command that trains a method, or goes on with it; forks start from the family's first."""
+    folder = folders[method]
+    command = ["clirat.py", "--method", method, "--arch", args.arch, "--data", args.data]
+    command += ["--epochs", str(args.epochs), "--seed", folder.name.rpartition("-s")[2]]
+    command += ["--out", str(folder), *args.options]
+    family = [m for m in folders if "fat" not in (m, method) or m == method]
+    first = next(m for m in family if METHODS[m].loss == METHODS[method].loss)
+    if first != method:
+        command += ["--init", str(folders[first] / "burnin.pt")]
+    return command + ["--resume"] * (folder / "args.json").exists()
+
+
+def verdicts(args, folders):
+    """What table.py reads of the verdict files of these runs at their end."""
+    files = [table.read(f) for folder in folders for f in sorted(folder.glob("last.pt.*.npz"))]
+    return [file for file in files if file[0]["training"].get("epoch") == args.epochs]
+
+
+def missing(args, folder):
+    """What of a run is not there yet: its training, or parts of its evaluation."""
+    if (epochs := epochs_of(folder)) < args.epochs:
+        return [f"training (epoch {epochs} of {args.epochs})"]
+    done = {key[:2] for _, points in verdicts(args, [folder]) for key in points}
+    parts = [(attack, n) for attacks, n, _ in evaluation(args) for attack in attacks]
+    return [f"{attack.upper()} on {n}" for attack, n in parts if (attack, n) not in done]
+
+
+def evaluation(args):
+    """(attacks, n, options) of each part, in order of value."""
+    amp = ["--amp"] * ("--amp" in args.options)
+    return [
+        (["nat", "pgd20", "cw"], args.n, amp),
+        (["aa"], args.n_aa, ["--amp"]),
+        (["pgd100", "apgd"], args.n_long, amp),
+    ]
+
+
+def study(args, deadline, held):
+    every = []
+    for seed in args.seeds:
+        folders = folders_of(args, seed)
+        every += folders.values()
+        until = (
+            deadline - (1 - FOR_TRAINING) * args.seconds if args.seconds < math.inf else deadline
+        )
+        for method, folder in folders.items():
+            if epochs_of(folder) < args.epochs:
+                command = training(args, method, folders)
+                init = command[command.index("--init") + 1] if "--init" in command else None
+                if init and not Path(init).exists():
+                    continue  # its first is not that far
+                if run(command, until, held) == 2:
+                    return 2
+        trained = [f for f in folders.values() if epochs_of(f) >= args.epochs]
+        for attacks, n, options in evaluation(args):
+            texts = [f"{attack.upper()} on {n}" for attack in attacks]
+            left = [f for f in trained if set(texts) & set(missing(args, f))]
+            if left:
+                command = ["eval_attacks.py", *(str(f / "last.pt") for f in left)]
+                command += ["--attacks", *attacks, "--data", args.data, "--n", str(n)]
+                command += ["--eps", str(args.eps)] if args.eps != 8 / 255 else []
+                if run([*command, *options], deadline, held) == 2:
+                    return 2
+        if files := verdicts(args, every):
+            print()
+            table.show(table.table(files))
+    lacking = {folder: missing(args, folder) for folder in every}
+    for folder, parts in lacking.items():
+        if parts:
+            print(f"missing in {folder}: {', '.join(parts)}")
+    return int(any(lacking.values()))
+
+
+def main(argv=None):
+    begun = time.monotonic()
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    deadline = begun + args.seconds
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        held = lock(args.out, deadline)
+        return study(args, deadline, held) if held else 1
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

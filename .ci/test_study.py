@@ -1,0 +1,182 @@
+"""python -m pytest -q .ci/test_study.py    the table over runs, and the study that makes them."""
+
+import math
+import re
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import clirat
+import eval_attacks
+from clirat import METHODS
+from test_clpm import data
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / ".figures")]
+import study
+import table
+
+
+def verdict_file(folder, method, seed, robust, /, *, n=None, more=None, **settings):
+    """A file of verdicts of a made-up run: {attack: robust (n,) bool}."""
+    n = n or len(next(iter(robust.values())))
+    training = {"method": method, "seed": seed, "arch": "resnet18", "epoch": 120, "init": f"{seed}"}
+    training |= {k: getattr(METHODS[method], k) for k in ("gamma", "beta", "trade_off")}
+    usual = {"n": n, "amp": False, "eps": 8 / 255, "seed": 0, "version": 5, "data": "a"}
+    usual |= {"dataset": "CIFAR-10", "training": training | (more or {})}
+    verdicts = {name: torch.from_numpy(1 - np.int8(r)) for name, r in robust.items()}
+    path = folder / f"{len([*folder.iterdir()])}.npz"
+    eval_attacks.keep(path, usual | settings, verdicts)
+    return path
+
+
+def test_table_by_hand(tmp_path, capsys):
+    rng, n, files, robust = np.random.default_rng(0), 150, [], {}
+    for place, method in enumerate(("clirat", "at", "mail-at", "trades")):
+        for seed in 1, 2, 3:
+            robust[method, seed] = rng.random(n) < 0.4 + 0.1 * place
+            own = robust[method, seed]
+            columns = {"nat": own, "square": own & (np.arange(n) % 3 > 0)}
+            files.append(verdict_file(tmp_path, method, seed, columns))
+    table.main([*map(str, files)])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert rows[0] == ["%", "seeds", "NAT", "AA"]
+    assert rows[2] == ["test images", "", "150", "150"]
+    names = [row[0] for row in rows[3::2]]
+    assert names == [
+        "at", "trades", "mail-at", "clirat", "mail-at - at", "clirat - at", "clirat - mail-at"
+    ]  # fmt: skip
+    assert {row[0] for row in rows[4::2]} == {"the paper's"}
+    assert rows[4][2:] == ["85.64 ± 0.25", "46.87 ± 0.62"]
+    assert rows[-1][2:] == ["-0.14", "-0.97"]  # 83.60 - 83.74, 45.50 - 46.47
+
+    def mean_and_std(values):
+        mean = sum(values) / len(values)
+        return mean, (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+
+    for row in rows[3:11:2]:
+        mean, std = mean_and_std([100 * sum(robust[row[0], seed]) / n for seed in (1, 2, 3)])
+        assert row[1:3] == ["3", f"{mean:.2f} ± {std:.2f}"]
+    for row in rows[11::2]:
+        ours, theirs = row[0].split(" - ")
+        gaps = []
+        for seed in 1, 2, 3:
+            both = zip(robust[ours, seed], robust[theirs, seed], strict=True)
+            gaps.append([100 * (int(a) - int(b)) for a, b in both])
+        mean, over_seeds = mean_and_std([sum(gap) / n for gap in gaps])
+        _, over_images = mean_and_std([sum(image) / 3 for image in zip(*gaps, strict=True)])
+        half = 1.96 * over_images / n**0.5
+        interval = f"[{mean - half:+.2f}, {mean + half:+.2f}]"
+        assert row[1:3] == ["3", f"{mean:+.2f} ± {over_seeds:.2f} {interval}"]
+
+
+def test_table_compares_like_with_like(tmp_path, capsys):
+    some, make = np.arange(40) < 20, partial(verdict_file, tmp_path)
+    two = [make("at", 1, {"nat": some}), make("clirat", 1, {"nat": some})]
+    for what in {"eps": 4 / 255}, {"data": "b"}, {"seed": 1}, {"version": 4}:
+        with pytest.raises(SystemExit, match="2"):
+            table.main([*map(str, two), str(make("mail-at", 1, {"nat": some}, **what))])
+        assert f"differ in {next(iter(what))}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        table.main([str(make("at", 1, {"nat": some}, more={"method": "theirs"}))])
+    assert "not of a run" in capsys.readouterr().err
+
+    rows = lambda *files: table.table([table.read(file) for file in files])  # noqa: E731
+    apart = make("clirat", 2, {"nat": some}, more={"gamma": 7.0})
+    names = [row[0] for row in rows(*two, apart)[2:]]
+    own = [name for name in names if name != "the paper's"]
+    assert own == ["at", "clirat, gamma 10.0", "clirat, gamma 7.0", "clirat, gamma 10.0 - at"]
+    assert len(names) - len(own) == 3  # the paper has no gamma 7 but in a figure
+    longer = make("clirat", 1, {"nat": some}, more={"epoch": 121, "epochs": 121})
+    assert not any(" - " in row[0] for row in rows(two[0], longer))
+    best = {"selected_by": "PGD-20"}
+    bests = [make("at", s, {"nat": some}, more=best | {"epoch": 80 + s}) for s in (1, 2)]
+    assert rows(*bests)[2][1] == "2"
+
+    # several files of a checkpoint: what most runs share; what is not through does not count
+    begun = np.where(np.arange(50) < 49, 0, 2)  # the last one is -1 then
+    files = [*two, make("at", 1, {"nat": np.ones(60)}), make("at", 1, {"square": begun}, n=50)]
+    files += [make("clirat", 1, {"pgd20": some}), make("clirat", 1, {"pgd20": some[:9]}, amp=True)]
+    found = rows(*files)
+    assert found[0] == ["%", "seeds", "NAT", "PGD20"]
+    assert found[1] == ["test images", "", "40", "40"]
+    assert found[2][2:] == ["50.00", ""]
+    assert found[-2] == ["clirat - at", "1", "+0.00 [+0.00, +0.00]", ""]
+
+
+WORDS = "--methods clirat at fat mail-at --epochs 3 --arch wrn-10-1 --n 6 --n-long 4 --n-aa 2"
+
+
+def test_study(data, tmp_path, monkeypatch, capsys):
+    commands, programs = [], {"clirat.py": clirat.main, "eval_attacks.py": eval_attacks.main}
+    lost = set()
+
+    def here(command, until, held):  # in this process
+        commands.append(" ".join(command).replace(str(tmp_path), "D"))
+        if any(word in commands[-1] for word in lost):
+            return None
+        assert not programs[command[0]](command[1:])
+        return 0
+
+    monkeypatch.setattr(study, "run", here)
+    options = ["--", "--batch-size", "20", "--steps", "2", "--eval-size", "9", "--burn-in", "1"]
+    words = [*WORDS.split(), "--data", str(data), "--out", str(tmp_path), *options]
+    lost |= {"--method mail-at", "--attacks aa"}
+    assert study.main(words) == 1
+    said = capsys.readouterr().out
+    assert f"missing in {tmp_path}/mail-at-wrn-10-1-s1: training (epoch 0 of 3)" in said
+    assert f"missing in {tmp_path}/clirat-wrn-10-1-s1: AA on 2" in said
+    kinds = [re.sub(" --(arch|data).*", "", command) for command in commands]
+    kinds = [kind.split("--attacks ")[-1] for kind in kinds]
+    methods = [f"clirat.py --method {m}" for m in ("at", "mail-at", "clirat", "fat")]
+    assert kinds == [*methods, "nat pgd20 cw", "aa", "pgd100 apgd"]
+    forks = [command.endswith("--init D/at-wrn-10-1-s1/burnin.pt") for command in commands[:4]]
+    assert forks == [False, True, True, False]
+    assert "--n 2 --amp" in commands[5]
+
+    folder = tmp_path / "at-wrn-10-1-s1"
+    verdicts, settings = eval_attacks.read_verdicts(next(folder.glob("last.pt.*.npz")))
+    early = {"eps": 0.5, "training": settings["training"] | {"epoch": 2}}  # from before its end
+    eval_attacks.keep(folder / "last.pt.0.npz", settings | early, verdicts)
+    lost.clear()
+    commands.clear()
+    assert study.main(words) == 0
+    rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
+    assert len(commands) == 4  # mail-at, its evaluation, and AutoAttack
+    assert "D/at" not in commands[1].replace("D/at-wrn-10-1-s1/burnin.pt", "")
+    names = ["at", "mail-at", "clirat", "fat"]
+    names += ["mail-at - at", "clirat - at", "clirat - mail-at", "fat - at"]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows[-8:]] == names
+    commands.clear()
+    assert study.main(words) == 0
+    assert not commands
+    assert [r for r in capsys.readouterr().out.splitlines() if r in rows[-8:]] == rows[-8:]
+    with pytest.raises(SystemExit, match="2"):
+        study.main([*words, "--lr", "0.5"])
+    assert "was started with another lr" in capsys.readouterr().err
+
+
+def test_study_bounds_its_parts(tmp_path, monkeypatch, capfd):
+    stops = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
+    hangs = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
+    texts = {"stops.py": stops, "hangs.py": hangs, "ends.py": "raise SystemExit(3)"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    for name, value in {"ROOT": tmp_path, "GRACE": 1, "SHORTEST": 1}.items():
+        monkeypatch.setattr(study, name, value)
+    held = study.lock(tmp_path, math.inf)
+    begun = time.monotonic()
+    assert study.run(["ends.py"], math.inf, held) == 3
+    assert study.run(["stops.py"], time.monotonic() + 3, held) == 0
+    assert study.run(["hangs.py"], time.monotonic() + 3, held) == -signal.SIGKILL
+    assert study.run(["stops.py"], time.monotonic() + 0.9, held) is None
+    assert time.monotonic() - begun < 15
+    assert "kept" in capfd.readouterr().out
+    assert study.lock(tmp_path, time.monotonic()) is None  # while another works there
+    assert "is at work" in capfd.readouterr().out
