@@ -647,8 +647,8 @@ compared whatever else differs | .figures/table.py | table_compares
 +(unweighted or claim)
 
 the paper's row for any gamma | .figures/table.py | table_compares
--if not usual or training
-+if training
+-if not usual or training.get("exclude")
++if training.get("exclude")
 
 test sets may differ | .figures/table.py | table_compares
 -for name in "data", "eps", "seed", "version":
@@ -694,7 +694,7 @@ verdicts of another process overwritten | eval_attacks.py | at_once
 -there = read_verdicts(path)[0] if path.exists() else {}
 +there = {}
 
-verdicts written without a lock | eval_attacks.py | at_once
+verdicts written without a lock | eval_attacks.py | lock
 -fcntl.flock(held, fcntl.LOCK_EX)
 +pass
 

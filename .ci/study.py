@@ -207,6 +207,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("stopped: the same command goes on from there", file=sys.stderr)
         return 130
+    except (OSError, ValueError) as error:  # such as a damaged file of verdicts
+        print(f"study.py: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

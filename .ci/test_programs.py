@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import fcntl
 import gc
 import io
 import json
@@ -9,6 +10,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 import types
 import warnings
 import zipfile
@@ -544,6 +546,19 @@ def test_two_evaluations_at_once_lose_nothing(data, straight, tmp_path, capfd):
         assert all((verdict >= 0).all() for verdict in verdicts.values())
         assert all(torch.equal(v, found[1][name]) for name, v in verdicts.items())
     assert not any(tmp_path.glob("*.tmp"))
+
+
+def test_verdicts_wait_for_the_lock(tmp_path):
+    path, verdicts = tmp_path / "a.npz", {"nat": torch.zeros(3, dtype=torch.int8)}
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    thread = threading.Thread(target=eval_attacks.keep, args=(path, {}, verdicts))
+    thread.start()
+    thread.join(0.5)
+    assert not path.exists()
+    os.close(held)
+    thread.join(10)
+    assert path.exists()
 
 
 def test_temporary_files(tmp_path, monkeypatch):

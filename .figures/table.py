@@ -101,7 +101,7 @@ def paper(settings, training, names):
     """The paper's cells, [] where it has none for these settings."""
     method = METHODS[training["method"]]
     usual = all(training.get(k) == getattr(method, k) for k in ("gamma", "beta", "trade_off"))
-    if not usual or training.get("exclude"):
+    if not usual or training.get("exclude") or training.get("train_size"):
         return []
     return paper_row(settings | {"training": training}, names) or []
 
