@@ -312,7 +312,7 @@ def autoattack(options):
     def ours(n):
         begun, case = time.perf_counter(), (net, x[:n], y[:n], ["aa"])
         verdicts = eval_attacks.evaluate(*case, eps=8 / 255, batch_size=128)
-        robust = eval_attacks.survivors(verdicts, [*verdicts], n).tolist()
+        robust = eval_attacks.robust_in(verdicts, "aa").tolist()
         return robust, time.perf_counter() - begun
 
     robust, spent = ours(n)

@@ -39,10 +39,8 @@ def compare(model, x, y, batch_size, amp=False, eps=8 / 255):
     begun = time.perf_counter()
     verdicts = eval_attacks.evaluate(model, x, y, ["aa"], eps=eps, batch_size=batch_size, amp=amp)
     ours = time.perf_counter() - begun
-    robust = eval_attacks.survivors(verdicts, [*verdicts], len(x))
-    stages = list(verdicts)
-    left = {s: int(eval_attacks.survivors(verdicts, stages[: i + 1], len(x)).sum())
-            for i, s in enumerate(stages)}  # fmt: skip
+    robust = eval_attacks.robust_in(verdicts, "aa")
+    left = {stage: int((verdict == 0).sum()) for stage, verdict in verdicts.items()}
     return int((robust != theirs_robust).sum()), left, ours, theirs
 
 

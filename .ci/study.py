@@ -60,7 +60,7 @@ def parse_args(argv):
         folders = folders_of(args, seed)
         for method, folder in folders.items():
             now = clirat.settings(clirat.parse_args(training(args, method, folders)[1:]))
-            args.eps = now["eps"]
+            args.eps, args.epochs = now["eps"], now["epochs"]
             if (folder / "args.json").exists():
                 before = json.loads((folder / "args.json").read_text())
                 changed = [k for k in now if k != "init" and before.get(k) != now[k]]
