@@ -735,7 +735,8 @@ def read_verdicts(path):
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged file can raise nearly anything
-        raise ValueError(f"{path} is damaged ({error}): delete it to evaluate afresh") from None
+        what = f"{path} is no file of verdicts, or is damaged ({error})"
+        raise ValueError(f"{what}: move it away to evaluate afresh") from None
 
 
 @contextlib.contextmanager
