@@ -761,7 +761,10 @@ def open_run(args):
     if args.resume:
         if not last.with_name("args.json").exists():
             raise ValueError(f"{args.out} holds no run to resume: leave out --resume to start one")
-        init = json.loads(last.with_name("args.json").read_text()).get("init")
+        try:
+            init = json.loads(last.with_name("args.json").read_text())["init"]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{args.out}/args.json is not of a run, or is damaged") from None
         if args.init and (not init or Path(args.init).absolute() != Path(init).absolute()):
             started = f"--init {init}" if init else "no --init"
             raise ValueError(f"{args.out} was started with {started}, not --init {args.init}")
@@ -966,8 +969,9 @@ def main(argv=None):
             data, net, optimizer, state = setup(args, device, data, start)
             if is_lead():
                 out.mkdir(parents=True, exist_ok=True)
-                for left in out.glob("*[!z].tmp"):  # by a kill; .npz.tmp: an evaluation at work
-                    left.unlink()
+                for name in "last.pt", "best.pt", "burnin.pt", "log.csv", "args.json":
+                    for left in out.glob(f"[0-9]*.{name}.tmp"):  # by a kill
+                        left.unlink()
                 write(out / "args.json", json.dumps(settings(args), indent=2).encode() + b"\n")
                 introduce(args, device, data)
         train(args, data, net, distributed(net), optimizer, state)

@@ -810,6 +810,7 @@ TRAIN = [
     ("--out pile --init run/burnin.pt", "already holds a run: choose another --out"),
     ("--out run --resume --gamma 3", "gamma was 10.0, not 3.0"),
     ("--out run --resume --init nowhere.pt", "no --init, not --init nowhere.pt"),
+    ("--out list --resume", "args.json is not of a run"),
 ]
 EVAL = [
     ("run", "run/last.pt"),
@@ -853,6 +854,8 @@ def desk(data, straight, tmp_path_factory):
     eval_attacks.main(words)
     (verdicts,) = folder.glob("damaged.pt.*.npz")
     verdicts.write_text("damaged")
+    (folder / "list").mkdir()
+    (folder / "list" / "args.json").write_text("[]")
     (folder / "pile").mkdir()
     shutil.copy(folder / "weights.pt", folder / "pile")
     return folder

@@ -548,6 +548,15 @@ def test_two_evaluations_at_once_lose_nothing(data, straight, tmp_path, capfd):
     assert not any(tmp_path.glob("*.tmp"))
 
 
+def test_what_a_kill_left_goes_and_nothing_else(data, tmp_path):
+    ours = {"7.last.pt.tmp", "7.args.json.tmp"}
+    others = {"notes.tmp", "last.pt.tmp", "7.last.pt.1a.npz.tmp"}
+    for name in ours | others:
+        (tmp_path / name).write_text("x")
+    run(data, "--out", tmp_path, "--epochs", "1")
+    assert {path.name for path in tmp_path.glob("*.tmp")} == others
+
+
 def test_verdicts_wait_for_the_lock(tmp_path):
     path, verdicts = tmp_path / "a.npz", {"nat": torch.zeros(3, dtype=torch.int8)}
     held = os.open(tmp_path, os.O_RDONLY)
