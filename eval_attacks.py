@@ -703,6 +703,7 @@ def paper_row(settings, attacks):
 
 # ---- Verdict files -------------------------------------------------------------------------------
 
+SETTINGS = "n", "eps", "seed", "amp", "version", "data", "weights"  # make a verdict file's key
 VERSION = 5  # of the attacks and the files: verdicts of another version are not reused
 CIFAR10 = 21_590_746_922_745  # the CRCs of its 10,000 test images (3, 32, 32), added up
 
@@ -730,6 +731,7 @@ def read_verdicts(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             settings = json.loads(str(file["settings"]))
+            _ = [settings[name] for name in (*SETTINGS, "dataset")], {**settings["training"]}
             names = [name for name in file.files if name != "settings"]
             return {name: torch.from_numpy(file[name]) for name in names}, settings
     except FileNotFoundError:

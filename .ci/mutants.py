@@ -634,6 +634,14 @@ paired interval over the seeds | .figures/table.py | table_by_hand
 -half = 1.96 * points.mean(0).std() / n**0.5
 +half = 1.96 * points.mean(1).std() / n**0.5
 
+two networks of one seed in one row | .figures/table.py | table_compares
+-net[:2] == networks[-1][:2] and net != networks[-1]
++False
+
+an interval of no width | .figures/table.py | table_compares
+-(points != 0).any(0).sum() >= 10
++len(points)
+
 std of the population | .figures/table.py | table_by_hand
 -points.mean(1).std():.2f
 +points.mean(1).std(correction=0):.2f

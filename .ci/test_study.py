@@ -29,6 +29,7 @@ def verdict_file(folder, method, seed, robust, /, *, n=None, more=None, **settin
     training |= {k: getattr(METHODS[method], k) for k in ("gamma", "beta", "trade_off")}
     usual = {"n": n, "amp": False, "eps": 8 / 255, "seed": 0, "version": 5, "data": "a"}
     usual |= {"dataset": "CIFAR-10", "training": training | (more or {})}
+    usual["weights"] = f"of {method}, {seed}"
     verdicts = {name: torch.from_numpy(1 - np.int8(r)) for name, r in robust.items()}
     path = folder / f"{len([*folder.iterdir()])}.npz"
     eval_attacks.keep(path, usual | settings, verdicts)
@@ -107,7 +108,19 @@ def test_table_compares_like_with_like(tmp_path, capsys):
     assert found[0] == ["%", "seeds", "NAT", "PGD20"]
     assert found[1] == ["test images", "", "40", "40"]
     assert found[2][2:] == ["50.00", ""]
-    assert found[-2] == ["clirat - at", "1", "+0.00 [+0.00, +0.00]", ""]
+    assert found[-2] == ["clirat - at", "1", "+0.00", ""]  # none differs: no interval of no width
+    points = torch.zeros(1, 100)
+    for differing, shown in (9, False), (10, True):
+        points[0, :differing] = 100
+        assert ("[" in table.cell(points, "+")) == shown
+
+    another = make("at", 1, {"nat": some}, weights="others")
+    damaged = tmp_path / "damaged.npz"
+    np.savez(damaged, settings=np.array("[]"))
+    for file, message in (another, "two networks are at, seed 1"), (damaged, "or is damaged"):
+        with pytest.raises(SystemExit, match="2"):
+            table.main([*map(str, two), str(file)])
+        assert message in capsys.readouterr().err
 
 
 WORDS = "--methods clirat at fat mail-at --epochs 3 --arch wrn-10-1 --n 6 --n-long 4 --n-aa 2"

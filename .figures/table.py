@@ -4,8 +4,9 @@
 
 A row a method: its mean ± std over seeds. Then each method minus the unweighted one of its loss,
 and CL-PM minus PM, on the same seeds and images: mean ± std over the seeds, and in brackets the
-paired 95% interval over the images, these networks taken as given (from 30 images on). The paper's
-own stand under them where data, radius and network are the paper's. Runs that differ in more than
+paired 95% interval over the images, these networks taken as given (where ten images or more differ;
+the normal approximation fails below). The paper's own stand under them where data, radius and
+network are the paper's. Runs that differ in more than
 their seed are not one method's. Where a checkpoint has several files, a column shows the images
 that most runs were attacked on.
 """
@@ -47,8 +48,11 @@ def without(settings, names):
 
 
 def group(files):
-    """[(training's settings, {seed: points})], in the order of METHODS."""
-    groups = []
+    """[(training's settings, {seed: points})], in the order of METHODS.
+
+    ValueError if two networks share settings and seed: which of them is meant?
+    """
+    groups, networks = [], []
     for settings, points in files:
         training = settings["training"]
         same = without(training, ALIKE | ({"epoch"} if "selected_by" in training else set()))
@@ -57,6 +61,10 @@ def group(files):
             seeds = {}
             groups.append((same, seeds))
         seeds.setdefault(training["seed"], {}).update(points)
+        networks.append((same, training["seed"], settings["weights"]))
+        if any(net[:2] == networks[-1][:2] and net != networks[-1] for net in networks):
+            name = f"{training['method']}, seed {training['seed']}"
+            raise ValueError(f"two networks are {name}, with the same settings: give one's files")
     return sorted(groups, key=lambda g: list(METHODS).index(g[0]["method"]))
 
 
@@ -81,7 +89,7 @@ def cell(points, signed=""):
     text = f"{mean:{signed}.2f}"
     if seeds > 1:
         text += f" ± {points.mean(1).std():.2f}"
-    if signed and n >= 30:
+    if signed and (points != 0).any(0).sum() >= 10:
         half = 1.96 * points.mean(0).std() / n**0.5
         text += f" [{mean - half:+.2f}, {mean + half:+.2f}]"
     return text
