@@ -25,6 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / ".figures")]
 import table
 
 import clirat
+import eval_attacks
+import models
 from clirat import METHODS, number
 
 FOR_TRAINING = 0.85  # of --seconds; the rest is for evaluation
@@ -51,18 +53,30 @@ def parse_args(argv):
     args.options = argv[end + 1 :]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        images = len(clirat.load_data(args.data, ["test"])[1])
+        args.test = clirat.load_data(args.data, ["test"])
     except (OSError, ValueError) as error:
         parser.error(str(error))
     args.methods = [method for method in METHODS if method in args.methods]  # unweighted ones first
+    images = len(args.test[1])
     args.n, args.n_long, args.n_aa = (min(n, images) for n in (args.n, args.n_long, args.n_aa))
     for seed in args.seeds:
         folders = folders_of(args, seed)
         for method, folder in folders.items():
-            now = clirat.settings(clirat.parse_args(training(args, method, folders)[1:]))
-            args.eps, args.epochs = now["eps"], now["epochs"]
+            plain = clirat.parse_args(training(args, method, folders, [])[1:])
+            now = clirat.parse_args(training(args, method, folders, args.options)[1:])
+            for name in "method", "arch", "data", "epochs", "seed", "out", "resume":
+                if getattr(now, name) != getattr(plain, name):
+                    parser.error(f"leave --{name} out after --: study.py sets it")
+            if now.init not in (None, *(str(f / "burnin.pt") for f in folders.values())):
+                parser.error("leave --init out after --: study.py sets it")
+            args.eps, args.amp = now.eps, now.amp
+            args.device = now.device if now.device != plain.device else None
             if (folder / "args.json").exists():
-                before = json.loads((folder / "args.json").read_text())
+                try:
+                    before = dict(json.loads((folder / "args.json").read_text()))
+                except (TypeError, ValueError) as error:
+                    parser.error(f"{folder / 'args.json'} is damaged: {error}")
+                now = clirat.settings(now)
                 changed = [k for k in now if k != "init" and before.get(k) != now[k]]
                 if changed:
                     parser.error(f"{folder} was started with another {', '.join(changed)}")
@@ -119,81 +133,91 @@ def epochs_of(folder):
     if not (folder / "log.csv").exists():
         return 0
     with open(folder / "log.csv", newline="") as file:
-        return max((int(row["epoch"]) for row in csv.DictReader(file)), default=0)
+        return max((int(row.get("epoch") or 0) for row in csv.DictReader(file)), default=0)
 
 
-def training(args, method, folders):
+def training(args, method, folders, options):
     """The command that trains a method, or goes on with it; forks start from the family's first."""
     folder = folders[method]
     command = ["clirat.py", "--method", method, "--arch", args.arch, "--data", args.data]
     command += ["--epochs", str(args.epochs), "--seed", folder.name.rpartition("-s")[2]]
-    command += ["--out", str(folder), *args.options]
+    command += ["--out", str(folder), *options]
+    if (folder / "args.json").exists():  # it knows where it started
+        return [*command, "--resume"]
     family = [m for m in folders if "fat" not in (m, method) or m == method]
     first = next(m for m in family if METHODS[m].loss == METHODS[method].loss)
-    if first != method:
+    forks = 0 < clirat.parse_args(command[1:]).burn_in < args.epochs
+    if first != method and forks:
         command += ["--init", str(folders[first] / "burnin.pt")]
-    return command + ["--resume"] * (folder / "args.json").exists()
+    return command
 
 
-def verdicts(args, folders):
-    """What table.py reads of the verdict files of these runs at their end."""
-    files = [table.read(f) for folder in folders for f in sorted(folder.glob("last.pt.*.npz"))]
-    return [file for file in files if file[0]["training"].get("epoch") == args.epochs]
+def parts(args, folder):
+    """(attacks, n, amp, verdict file) of each part of a run's evaluation, in order of value."""
+    model, metadata = models.load(folder / "last.pt")
+    for attacks, n, amp in (
+        (["nat", "pgd20", "cw"], args.n, args.amp),
+        (["aa"], args.n_aa, True),
+        (["pgd100", "apgd"], args.n_long, args.amp),
+    ):
+        asked = argparse.Namespace(n=n, eps=args.eps, seed=0, amp=amp, data=args.data)
+        path = folder / "last.pt"
+        file, _ = eval_attacks.verdict_file(asked, path, model, metadata, *args.test)
+        yield attacks, n, amp, file
+
+
+def lacking(attacks, file):
+    """Which of the attacks are not through in a verdict file."""
+    done = [name for name, _, _ in table.read(file)[1]] if file.exists() else []
+    return [name for name in attacks if name not in done]
 
 
 def missing(args, folder):
-    """What of a run is not there yet: its training, or parts of its evaluation."""
+    """What of a run is not there yet: its training, or attacks on it, as text."""
     if (epochs := epochs_of(folder)) < args.epochs:
         return [f"training (epoch {epochs} of {args.epochs})"]
-    done = {key[:2] for _, points in verdicts(args, [folder]) for key in points}
-    parts = [(attack, n) for attacks, n, _ in evaluation(args) for attack in attacks]
-    return [f"{attack.upper()} on {n}" for attack, n in parts if (attack, n) not in done]
-
-
-def evaluation(args):
-    """(attacks, n, options) of each part, in order of value."""
-    amp = ["--amp"] * ("--amp" in args.options)
     return [
-        (["nat", "pgd20", "cw"], args.n, amp),
-        (["aa"], args.n_aa, ["--amp"]),
-        (["pgd100", "apgd"], args.n_long, amp),
+        f"{name.upper()} on {n}"
+        for attacks, n, _, file in parts(args, folder)
+        for name in lacking(attacks, file)
     ]
 
 
 def study(args, deadline, held):
     every = []
+    spare = (1 - FOR_TRAINING) * args.seconds if args.seconds < math.inf else 0
     for seed in args.seeds:
         folders = folders_of(args, seed)
-        every += folders.values()
-        until = (
-            deadline - (1 - FOR_TRAINING) * args.seconds if args.seconds < math.inf else deadline
-        )
         for method, folder in folders.items():
             if epochs_of(folder) < args.epochs:
-                command = training(args, method, folders)
+                command = training(args, method, folders, args.options)
                 init = command[command.index("--init") + 1] if "--init" in command else None
                 if init and not Path(init).exists():
                     continue  # its first is not that far
-                if run(command, until, held) == 2:
+                if run(command, deadline - spare, held) == 2:
                     return 2
         trained = [f for f in folders.values() if epochs_of(f) >= args.epochs]
-        for attacks, n, options in evaluation(args):
-            texts = [f"{attack.upper()} on {n}" for attack in attacks]
-            left = [f for f in trained if set(texts) & set(missing(args, f))]
+        every += trained
+        for same in zip(*(parts(args, folder) for folder in trained), strict=True):
+            attacks, n, amp, _ = same[0]
+            left = [f for f, part in zip(trained, same, strict=True) if lacking(attacks, part[3])]
             if left:
                 command = ["eval_attacks.py", *(str(f / "last.pt") for f in left)]
                 command += ["--attacks", *attacks, "--data", args.data, "--n", str(n)]
                 command += ["--eps", str(args.eps)] if args.eps != 8 / 255 else []
-                if run([*command, *options], deadline, held) == 2:
+                command += ["--device", args.device] if args.device else []
+                if run([*command, *["--amp"] * amp], deadline, held) == 2:
                     return 2
-        if files := verdicts(args, every):
+        files = {part[3] for folder in every for part in parts(args, folder)}
+        if files := sorted(file for file in files if file.exists()):
             print()
-            table.show(table.table(files))
-    lacking = {folder: missing(args, folder) for folder in every}
-    for folder, parts in lacking.items():
-        if parts:
-            print(f"missing in {folder}: {', '.join(parts)}")
-    return int(any(lacking.values()))
+            table.show(table.table([table.read(file) for file in files]))
+    status = 0
+    for folder in (f for seed in args.seeds for f in folders_of(args, seed).values()):
+        if texts := missing(args, folder):
+            status = 1
+            print(f"missing in {folder}: {', '.join(texts)}")
+    return status
 
 
 def main(argv=None):

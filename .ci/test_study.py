@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 import signal
 import sys
 import time
@@ -155,8 +156,9 @@ def test_study(data, tmp_path, monkeypatch, capsys):
 
     folder = tmp_path / "at-wrn-10-1-s1"
     verdicts, settings = eval_attacks.read_verdicts(next(folder.glob("last.pt.*.npz")))
-    early = {"eps": 0.5, "training": settings["training"] | {"epoch": 2}}  # from before its end
-    eval_attacks.keep(folder / "last.pt.0.npz", settings | early, verdicts)
+    wrong = {name: 1 - verdict for name, verdict in verdicts.items()}  # others' beside last.pt
+    eval_attacks.keep(folder / "last.pt.0.npz", settings | {"weights": "others"}, wrong)
+    eval_attacks.keep(folder / "last.pt.1.npz", settings | {"eps": 0.5}, wrong)
     lost.clear()
     commands.clear()
     assert study.main(words) == 0
@@ -170,9 +172,32 @@ def test_study(data, tmp_path, monkeypatch, capsys):
     assert study.main(words) == 0
     assert not commands
     assert [r for r in capsys.readouterr().out.splitlines() if r in rows[-8:]] == rows[-8:]
+    moved = tmp_path / "moved"  # a run knows its own start
+    shutil.copytree(tmp_path, moved, ignore=lambda folder, names: {"moved"} & {*names})
+    (moved / "clirat-wrn-10-1-s1" / "log.csv").unlink()
+    assert study.main([word.replace(str(tmp_path), str(moved)) for word in words]) == 0
+    assert commands[0].endswith("--resume")
+    for option, message in (
+        ("--lr 0.5", "was started with another lr"),
+        ("--seed 2", "leave --seed out"),
+        ("--meth at", "leave --method out"),
+        ("--init elsewhere.pt", "leave --init out"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            study.main([*words, *option.split()])
+        assert message in capsys.readouterr().err
+    (folder / "args.json").write_text("[]")
     with pytest.raises(SystemExit, match="2"):
-        study.main([*words, "--lr", "0.5"])
-    assert "was started with another lr" in capsys.readouterr().err
+        study.main(words)
+    assert "was started with another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("burn_in", ["0", "2"])
+def test_study_without_a_burn_in_to_share(burn_in, tmp_path):
+    words = f"--methods at clirat --epochs 2 --data toy --out {tmp_path} -- --burn-in {burn_in}"
+    args = study.parse_args(words.split())
+    command = study.training(args, "clirat", study.folders_of(args, 1), args.options)
+    assert "--init" not in command
 
 
 def test_study_bounds_its_parts(tmp_path, monkeypatch, capfd):
