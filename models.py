@@ -6,11 +6,8 @@ load here and ours load there.
 
 import argparse
 import copy
-import functools
 import re
-import warnings
 from pathlib import Path, PurePosixPath
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -38,10 +35,8 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-                nn.BatchNorm2d(out_channels),
-            )
+            conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
     def forward(self, x):
         out = F.relu_(self.bn1(self.conv1(x)))
@@ -91,9 +86,8 @@ class WideStage(nn.Module):
 
     def __init__(self, n, in_channels, out_channels, stride):
         super().__init__()
-        blocks = [WideBlock(in_channels, out_channels, stride)]
-        blocks += [WideBlock(out_channels, out_channels, 1) for _ in range(n - 1)]
-        self.layer = nn.Sequential(*blocks)
+        rest = (WideBlock(out_channels, out_channels, 1) for _ in range(n - 1))
+        self.layer = nn.Sequential(WideBlock(in_channels, out_channels, stride), *rest)
 
     def forward(self, x):
         return self.layer(x)
@@ -156,20 +150,23 @@ class Folded(nn.Module):
     """A copy of a network to attack: the same function in eval mode, up to rounding, at less cost.
 
     BatchNorm is folded into the convolution registered just before it, and elsewhere becomes
-    `Affine`. That is right for the networks of this file; in others the order of registration can
-    deceive. dtype: of the weights and activations; images and logits keep that of the images.
+    `Affine`: right for the networks of this file; in others the order of registration can deceive.
+    dtype: of the weights and activations; images and logits keep that of the images.
     """
 
     def __init__(self, net, dtype=None):
         super().__init__()
+        torch.empty(
+            8_300_000
+        )  # 33 MB, freed at once: from then on glibc keeps freed blocks of that
+        # size for the next pass, which else pays a page fault for every 4 kB, a quarter of its time
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         self.folds = []  # (name of a BatchNorm, name of the convolution before it or None)
         for prefix, module in list(self.net.named_modules()):
             previous = None
             for child_name, child in list(module.named_children()):
                 name = f"{prefix}.{child_name}" if prefix else child_name
-                norm = isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm)
-                if norm and child.affine and child.track_running_stats:
+                if isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm):
                     conv = self.net.get_submodule(previous) if previous else None
                     if isinstance(conv, nn.Conv2d) and conv.bias is None:
                         conv.bias = nn.Parameter(torch.zeros_like(child.bias))
@@ -205,105 +202,91 @@ class Folded(nn.Module):
         return self.net(x.to(next(self.net.parameters()).dtype)).to(x.dtype)
 
 
-# how other files begin that people take for checkpoints, and what to do
-OTHER_FILES = {
-    b"version https://git-lfs": "a Git LFS pointer: run git lfs pull",
-    b"<": "a web page: download the file itself",
-}
+def graphed(function, device):
+    """A function of tensors that returns a tuple of tensors, on CUDA as a CUDA graph.
+
+    Without it a step waits for the CPU, which launches some 5,000 kernels. Recorded once for each
+    set of input shapes, then replayed: what `function` reads besides must stay where it is, and it
+    must not look at a value. Elsewhere it is returned as it is.
+    """
+    if device.type != "cuda":
+        return function
+    graphs, stream, pool = {}, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def replay(*inputs):
+        key = tuple((t.shape, t.dtype) for t in inputs)
+        if key not in graphs:
+            static = [t.clone() for t in inputs]
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):  # warm up: compilation, cuDNN's choices
+                for _ in range(3):
+                    function(*static)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            options = {"pool": pool, "stream": stream}
+            # thread_local: NCCL's watchdog may ask for its events meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
+                outputs = function(*static)
+            graphs[key] = graph, static, outputs
+        graph, static, outputs = graphs[key]
+        for ours, theirs in zip(static, inputs, strict=True):
+            ours.copy_(theirs)
+        graph.replay()
+        return tuple(t.clone() for t in outputs)  # the next replay overwrites them
+
+    return replay
+
+
 # plain values that stand beside the weights in other people's files
-PLAIN = [argparse.Namespace, type(Path()), PurePosixPath]
-PLAIN += [np.ndarray, np.dtype]
+PLAIN = [argparse.Namespace, type(Path()), PurePosixPath, np.ndarray, np.dtype]
 PLAIN += {type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + "efd"}
-for core in "core", "_core":  # where numpy 1 and 2 have what makes arrays and scalars
-    for value in np.zeros(1), np.float64(0):
-        function = value.__reduce__()[0]
-        PLAIN.append(functools.partial(function))
-        PLAIN[-1].__module__ = f"numpy.{core}.multiarray"
-        PLAIN[-1].__name__ = PLAIN[-1].__qualname__ = function.__name__
+for core in "numpy.core.multiarray", "numpy._core.multiarray":  # in numpy 1 and 2
+    PLAIN += [(np.zeros(1).__reduce__()[0], f"{core}._reconstruct")]
+    PLAIN += [(np.float64(0).__reduce__()[0], f"{core}.scalar")]
 
 
 def read(path):
-    """Return the dict that a checkpoint file holds, on the CPU. Never runs code from the file.
-
-    OSError or ValueError, in one line that says what the file is and how to convert it, if there is
-    no such file or it is damaged or unsafe.
-    """
-    path, save = Path(path), "torch.save({}, 'weights.pt')".format
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: give a file, such as {path / 'last.pt'}")
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if head[8:9] == b"{":
-        hint = save("safetensors.torch.load_file(FILE)")
-        raise ValueError(f"{path} is a safetensors file: convert it by {hint}")
-    for begin, what in OTHER_FILES.items():
-        if head.lstrip().startswith(begin):
-            raise ValueError(f"{path} is {what}")
+    """The dict in a checkpoint file, on the CPU; OSError or ValueError where none can be read."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}: give a checkpoint, such as a run's last.pt")
     torch.serialization.add_safe_globals(PLAIN)
     try:
-        with warnings.catch_warnings():  # of what is then an error
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError:
-        what = "holds a whole model or other code, or is damaged: it is not loaded"
-        hint = f"where it was made, {save('model.state_dict()')}"
-        raise ValueError(f"{path} {what}; convert it: {hint}") from None
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        if isinstance(error, OSError | EOFError):
-            reason = "damaged or cut off"
-        if "TorchScript" in reason:
-            hint = save("torch.jit.load(FILE).state_dict()")
-            reason = f"a TorchScript archive, convert it by {hint}"
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from None
+        what = "is damaged, no checkpoint (a web page, a Git LFS pointer, safetensors, TorchScript)"
+        hint = "convert it where it can be loaded: torch.save(model.state_dict(), 'weights.pt')"
+        raise ValueError(f"{path} {what}, or holds code: not loaded; {hint}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
     return checkpoint
 
 
-def state_dict_of(checkpoint):
-    """The state dict in a checkpoint, bare or under a key, without wrappers' prefixes, or None."""
-    prefixes = re.compile(r"^((module|model|net|_orig_mod|\d+)\.)+")
-    for state in checkpoint, *checkpoint.values():
-        if isinstance(state, dict):
-            tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-            tensors = {prefixes.sub("", str(k)): v for k, v in tensors.items()}
-            if "conv1.weight" in tensors:
-                return tensors
-    return None
-
-
-def architecture(state):
-    """The name, for `build`, of the network that a state dict seems to be of."""
-    blocks = [key for key in state if re.fullmatch(r"block1\.layer\.\d+\.conv1\.weight", key)]
-    if not blocks:
-        return "resnet18"
-    return f"wrn-{6 * len(blocks) + 4}-{len(state[blocks[0]]) // 16}"
+def state_dicts(checkpoint):
+    """{key: state dict} of those in a checkpoint, without wrappers' prefixes; "" for a bare one."""
+    prefixes, found = re.compile(r"^((module|model|net|_orig_mod|\d+)\.)+"), {}
+    for key, state in {"": checkpoint, **checkpoint}.items():
+        tensors = state.items() if isinstance(state, dict) else []
+        tensors = {prefixes.sub("", str(k)): v for k, v in tensors if isinstance(v, torch.Tensor)}
+        if "conv1.weight" in tensors:
+            found[str(key)] = tensors
+    return found
 
 
 def load_weights(net, state, path):
-    """Load a state dict of the TRADES/MART/MAIL family into `net`; `path` is for the messages.
+    """Load a state dict of the TRADES/MART/MAIL family into `net`; ValueError, on `path`, if unfit.
 
-    TRADES' unused `sub_block1.*` and absent `num_batches_tracked` are fine; ValueError names all
-    other keys that do not match.
+    TRADES' unused `sub_block1.*` and absent `num_batches_tracked` are fine.
     """
     state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
     want = net.state_dict()
-    missing = [key for key in want if key not in state and not key.endswith("num_batches_tracked")]
-    unknown = [key for key in state if key not in want]
-    shapes = [key for key in want if key in state and state[key].shape != want[key].shape]
-    problems = []
-    for what, keys in ("missing", missing), ("unknown", unknown), ("of another shape", shapes):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            problems.append(f"{what} {', '.join(keys[:3])}{more}")
-    if any(key.split(".")[-1] in ("mean", "std", "mu", "sigma") for key in unknown):
-        hint = "put that before net, and attack the two in Python"
-        problems.append(f"it normalises its input: {hint}")
-    if problems:
-        raise ValueError(f"{path} does not fit {type(net).__name__}: {'; '.join(problems)}")
+    problems = {
+        "missing": [k for k in want if k not in state and not k.endswith("num_batches_tracked")],
+        "unknown": [k for k in state if k not in want],
+        "of another shape": [k for k in want if k in state and state[k].shape != want[k].shape],
+    }
+    found = [f"{len(k)} {what}: {', '.join(k[:3])}" for what, k in problems.items() if k]
+    if found:
+        raise ValueError(f"{path} does not fit {type(net).__name__}: {'; '.join(found)}")
     if not all(value.isfinite().all() for value in state.values()):
         raise ValueError(f"{path} holds weights that are not finite")
     net.load_state_dict(state, strict=False)
@@ -312,32 +295,35 @@ def load_weights(net, state, path):
 def plain(values):
     """What of a dict are plain values, numpy's scalars and short lists of integers included."""
     values = {str(k): v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
-    lists = {k for k, v in values.items() if isinstance(v, list) and len(v) < 10}
-    lists = {k for k in lists if all(isinstance(i, int) for i in values[k])}
+    short = {k for k, v in values.items() if isinstance(v, list) and len(v) < 10}
+    short = {k for k in short if all(isinstance(i, int) for i in values[k])}
     kinds = str | int | float | bool | None
-    return {k: v for k, v in values.items() if isinstance(v, kinds) or k in lists}
+    return {k: v for k, v in values.items() if isinstance(v, kinds) or k in short}
 
 
 def load(path, name=None):
     """Load a checkpoint of this repository or of the TRADES/MART/MAIL family.
 
-    The file holds a state dict, alone or under any key (of several the first), its keys with any
-    run of the prefixes module., model., net. and _orig_mod. name: the architecture (see `build`),
-    by default what the file says or its keys and shapes show. Returns the network in eval mode, and
-    a dict of the plain values in the file, training settings included.
-    OSError or ValueError, in one line, if the file cannot be read or does not match.
+    The file holds a state dict, alone or under any key, its keys with any run of the prefixes
+    module., model., net. and _orig_mod. name: the architecture (see `build`), by default what the
+    file says or its keys and shapes show. Returns the network in eval mode, and a dict of the plain
+    values in the file, training settings included; where there are several state dicts the first
+    is loaded, and "state_dict" says which. OSError or ValueError if the file does not fit.
     """
     checkpoint = read(path)
-    state = state_dict_of(checkpoint)
-    if state is None:
-        keys = ", ".join(map(str, list(checkpoint)[:4]))
-        raise ValueError(f"{path} holds no weights of ResNet-18 or a WRN, but: {keys}")
+    states = state_dicts(checkpoint)
+    if not states:
+        raise ValueError(f"{path} holds no weights of ResNet-18 or a WRN, but {[*checkpoint][:4]}")
+    (key, state), *others = states.items()
     settings = checkpoint.get("args", {})
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
     metadata = plain(checkpoint) | plain(settings if isinstance(settings, dict) else {})
+    if others:
+        metadata["state_dict"] = f"{key}, not {', '.join(other for other, _ in others)}"
     name = name or metadata.get("arch")
-    if not re.fullmatch(r"resnet18|wrn-\d+-\d+", str(name)):
-        name = architecture(state)
+    if not re.fullmatch(r"resnet18|wrn-\d+-\d+", str(name)):  # read it off the keys
+        blocks = [key for key in state if re.fullmatch(r"block1\.layer\.\d+\.conv1\.weight", key)]
+        name = f"wrn-{6 * len(blocks) + 4}-{len(state[blocks[0]]) // 16}" if blocks else "resnet18"
     heads = [state[key] for key in ("linear.bias", "fc.bias") if key in state]
     net = build(name, len(heads[0]) if heads else 10)
     load_weights(net, state, path)

@@ -31,6 +31,7 @@ import speed  # beside this file; it makes clirat importable
 import torch
 
 import clirat
+import models
 
 ROOT = Path(clirat.__file__).parent
 TOY = ["--data", "toy", "--arch", "wrn-10-1", "--steps", "2"]
@@ -66,12 +67,12 @@ def load(options, n_train, n_test=500):
 def trained(options, command, data, which):
     """One epoch past the burn-in with the attack recorded, plain, or both.
 
-    Returns what `train_epoch` does, the state of the network, and for "both" the mean share of
-    pixels in which the two attacks differ; training goes on with the recorded one.
+    Returns the row of the log, the state of the network, and for "both" the mean share of pixels
+    in which the two attacks differ; training goes on with the recorded one.
     """
     args, net, optimizer, recorded, x, y = speed.prepare(command.split(), data, options.device)
-    with mock.patch.object(clirat, "graphed", lambda function, device: function):
-        plain, _ = clirat.attacks(argparse.Namespace(**vars(args) | {"compile": False}), net)
+    with mock.patch.object(models, "graphed", lambda function, device: function):
+        plain = speed.attack_of(args, net, compiled=False)
     differ = [torch.zeros((), dtype=torch.float64, device=x.device)]
 
     def both(*inputs):
@@ -81,9 +82,9 @@ def trained(options, command, data, which):
 
     attack = {"recorded": recorded, "plain": plain, "both": both}[which]
     torch.manual_seed(0)
-    seen = clirat.train_epoch(args, args.burn_in + 1, net, attack, optimizer, x, y)
+    row = clirat.train_epoch(args, args.burn_in + 1, net, attack, optimizer, x, y)
     state = torch.cat([t.double().flatten() for t in net.state_dict().values()])
-    return seen, state, sum(differ).item() / max(len(differ) - 1, 1)
+    return row, state, sum(differ).item() / max(len(differ) - 1, 1)
 
 
 def graph(options):
@@ -100,7 +101,8 @@ def graph(options):
         command = f"--method {method} --arch {arch} --batch-size {size} --lr 0.01 {precision}"
         ours, state, pixels = trained(options, command, data, "both")
         theirs, plain, _ = trained(options, command, data, "plain")
-        loss, weight, _ = (ours - theirs).abs().amax(1).tolist()
+        apart = {name: abs(ours[name] - theirs[name]) for name in ours}
+        loss, weight = apart["loss"], max(v for k, v in apart.items() if k.startswith("weight"))
         distance = ((state - plain).norm() / plain.norm()).item()
         # Another order of summation turns signs of the gradient: in float32 for 2% of the pixels
         # (KL: 20%), in bfloat16 for 30% (KL: 60%). Weights that are a step old turn 65%.
@@ -181,9 +183,16 @@ def no_wait(options):
             torch.cuda.set_sync_debug_mode("error")
             return attack(*inputs)
 
+        def gather(t):  # of all examples (N, 3): the log, after the last step, may wait
+            torch.cuda.set_sync_debug_mode("default" if t.ndim == 2 else "error")
+            return t
+
         try:
             for function in (attack, strict):  # the first epoch records
-                clirat.train_epoch(args, args.burn_in + 1, net, function, optimizer, x, y)
+                with mock.patch.object(
+                    clirat, "gather", gather if function is strict else clirat.gather
+                ):
+                    clirat.train_epoch(args, args.burn_in + 1, net, function, optimizer, x, y)
             yield command, "no wait", "ok"
         except RuntimeError as error:
             yield command, str(error).splitlines()[0], "off"
@@ -307,7 +316,7 @@ def autoattack(options):
         clirat.train_epoch(args, epoch, net, attack, optimizer, x, y)
     settings(tf32=False)
     x, y = data[2].to(options.device), data[3].to(options.device)
-    net.eval().to(memory_format=eval_attacks.layout(x.device))
+    net.eval().to(memory_format=torch.channels_last if cpu else torch.contiguous_format)
 
     def ours(n):
         begun, case = time.perf_counter(), (net, x[:n], y[:n], ["aa"])

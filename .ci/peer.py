@@ -35,7 +35,6 @@ def compare(model, x, y, batch_size, amp=False, eps=8 / 255):
         theirs_robust = (model(x_adv).argmax(1) == y).cpu()
     theirs = time.perf_counter() - begun
 
-    clirat.join_processes(x.device.type, amp)  # only now: it makes a process faster on a CPU
     begun = time.perf_counter()
     verdicts = eval_attacks.evaluate(model, x, y, ["aa"], eps=eps, batch_size=batch_size, amp=amp)
     ours = time.perf_counter() - begun

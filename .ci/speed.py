@@ -64,11 +64,19 @@ def plain_epoch(args, net, optimizer, x_train, y_train):
         optimizer.step()
 
 
+def attack_of(args, net, compiled=None):
+    """The attack of `clirat.train`."""
+    options = {"eps": args.eps, "step_size": args.step_size, "steps": args.steps}
+    options["loss"] = "kl" if clirat.METHODS[args.method].loss == "trades" else "ce"
+    compiled = args.compile if compiled is None else compiled
+    return clirat.fast_pgd(net, torch.bfloat16 if args.amp else None, compiled, **options)
+
+
 def prepare(options, data, device):
     """args, network, optimizer, attack, x_train, y_train of a run with these options."""
     args = clirat.parse_args(options)
     (x, y, *_), net, optimizer, _ = clirat.setup(args, torch.device(device), data, None)
-    return args, net, optimizer, clirat.attacks(args, net)[0], x, y
+    return args, net, optimizer, attack_of(args, net), x, y
 
 
 def training(column, method, arch, batch_size, block, device):

@@ -11,7 +11,6 @@ where it was stopped. Exit status 1 while something is missing.
 import argparse
 import csv
 import fcntl
-import json
 import math
 import shlex
 import signal
@@ -61,25 +60,18 @@ def parse_args(argv):
     args.n, args.n_long, args.n_aa = (min(n, images) for n in (args.n, args.n_long, args.n_aa))
     for seed in args.seeds:
         folders = folders_of(args, seed)
-        for method, folder in folders.items():
+        starts = [str(folder / "burnin.pt") for folder in folders.values()]
+        for method in folders:
             plain = clirat.parse_args(training(args, method, folders, [])[1:])
             now = clirat.parse_args(training(args, method, folders, args.options)[1:])
+            # which ends with an error where a run is there with other settings
             for name in "method", "arch", "data", "epochs", "seed", "out", "resume":
                 if getattr(now, name) != getattr(plain, name):
                     parser.error(f"leave --{name} out after --: study.py sets it")
-            if now.init not in (None, *(str(f / "burnin.pt") for f in folders.values())):
+            if not now.resume and now.init not in (None, *starts):
                 parser.error("leave --init out after --: study.py sets it")
             args.eps, args.amp = now.eps, now.amp
             args.device = now.device if now.device != plain.device else None
-            if (folder / "args.json").exists():
-                try:
-                    before = dict(json.loads((folder / "args.json").read_text()))
-                except (TypeError, ValueError) as error:
-                    parser.error(f"{folder / 'args.json'} is damaged: {error}")
-                now = clirat.settings(now)
-                changed = [k for k in now if k != "init" and before.get(k) != now[k]]
-                if changed:
-                    parser.error(f"{folder} was started with another {', '.join(changed)}")
     return args
 
 
@@ -142,7 +134,7 @@ def training(args, method, folders, options):
     command = ["clirat.py", "--method", method, "--arch", args.arch, "--data", args.data]
     command += ["--epochs", str(args.epochs), "--seed", folder.name.rpartition("-s")[2]]
     command += ["--out", str(folder), *options]
-    if (folder / "args.json").exists():  # it knows where it started
+    if (folder / "args.json").exists():
         return [*command, "--resume"]
     family = [m for m in folders if "fat" not in (m, method) or m == method]
     first = next(m for m in family if METHODS[m].loss == METHODS[method].loss)

@@ -9,6 +9,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import threading
 import types
@@ -44,21 +46,23 @@ from test_clpm import (
     straight,
 )
 
+ROOT = Path(clirat.__file__).parent
 MORE = [
     (clirat, "--method magic", "magic"),
     (clirat, "--arch wrn-11-1", "wrn-11-1"),
     (clirat, "--eps 2", "--eps"),
     (clirat, "--lr nan", "finite"),
-    (clirat, "--method at --weight-norm mail", "--weight-norm does nothing"),
+    (clirat, "--eps 8/0", "--eps"),
     (clirat, "--data truncated.npz", "truncated.npz"),
     (clirat, "--data test.npz", "x_train"),
     (clirat, "--data grey_images.npz", "(50, 8, 8, 1)"),
     (clirat, "--data negative_labels.npz", "-1"),
-    (clirat, "--data unknown_labels.npz", "0..4"),
+    (clirat, "--data unknown_labels.npz", "0..5"),
     (clirat, "--init nowhere.pt", "nowhere.pt"),
-    (clirat, "--init run/burnin.pt --method fat", "burn-in"),
-    (clirat, "--init run/burnin.pt --seed 2", "seed was 1, not 2"),
-    (clirat, "--init run/last.pt", "adds nothing"),
+    (clirat, "--init run/burnin.pt --method fat", "want fat"),
+    (clirat, "--init run/burnin.pt --seed 2", "want at, wrn-10-1, seed 2"),
+    (clirat, "--init run/burnin.pt --burn-in 0", "no epoch after 0"),
+    (clirat, "--init run/burnin.pt --epochs 1", "no epoch after 0"),
     (clirat, "--out nothing --resume", "no run to resume"),
     (clirat, "--out small.npz", "small.npz"),
     (eval_attacks, "nowhere.pt", "nowhere.pt"),
@@ -78,11 +82,11 @@ def test_more_bad_input(program, words, message, desk, capsys, monkeypatch):
 def test_best_is_by_pgd20_on_test_images(data, tmp_path, monkeypatch):
     figures, seen = iter([(0.1, 0.3), (0.9, 0.2), (0.2, 0.2), (0.5, 0.1)]), []
 
-    def evaluate(net, attack, x, y, **_):
+    def accuracy(args, net, attack, x, y):
         seen.append((x, y))
         return next(figures)
 
-    monkeypatch.setattr(clirat, "evaluate", evaluate)
+    monkeypatch.setattr(clirat, "nat_and_pgd20", accuracy)
     run(data, "--out", tmp_path)
     best = load(tmp_path / "best.pt")
     assert (best["epoch"], best["best"]) == (1, 0.3)
@@ -116,14 +120,15 @@ def test_nonfinite_stops(step, value, data, tmp_path, monkeypatch, capsys):
 def test_accuracy_in_training():
     net, (x, y), args = small_network().eval(), small_images(30), clirat.parse_args([])
     y = net(x).argmax(1) * (torch.arange(30) % 5 > 0)  # some are wrong from the start
-    images, attack = (x * 255).round().byte(), clirat.attacks(args, net)[1]
+    images = (x * 255).round().byte()
+    attack = clirat.fast_pgd(net, eps=8 / 255, step_size=0.003, steps=20)
     torch.manual_seed(0)
     starts = []
     spied = lambda x, y, start: attack(x, y, starts.append(start) or start)  # noqa: E731
-    found = clirat.evaluate(net, spied, images, y, eps=0.03, batch_size=30)
+    found = clirat.nat_and_pgd20(args, net, spied, images, y)
     torch.manual_seed(0)
     x = images.to(memory_format=torch.channels_last) / 255
-    start = x + torch.empty_like(x).uniform_(-0.03, 0.03)
+    start = x + torch.empty_like(x).uniform_(-8 / 255, 8 / 255)
     x_adv = pgd(net, x, y, eps=8 / 255, step_size=0.003, steps=20, init=start)
     torch.testing.assert_close(starts[0], start)
     torch.testing.assert_close(attack(x, y, start)[0], x_adv)
@@ -131,10 +136,11 @@ def test_accuracy_in_training():
     assert found == pytest.approx(expected)
     assert found[0] > found[1] > 0
     net[4].bias.data[:] = math.nan  # NaN is wrong
-    assert clirat.evaluate(net, attack, images, y, eps=0.03, batch_size=7) == [0, 0]
+    args.batch_size = 7
+    assert clirat.nat_and_pgd20(args, net, attack, images, y) == [0, 0]
 
 
-@pytest.mark.filterwarnings("ignore:AutoAttack goes without")
+@pytest.mark.filterwarnings("ignore:no targeted APGD")
 def test_evaluate_keeps_and_reuses_verdicts():
     x, y = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8), torch.arange(20) % 3
     net, evaluate = small_network(k=3).eval(), partial(eval_attacks.evaluate, eps=0.01)
@@ -157,15 +163,15 @@ def test_evaluate_keeps_and_reuses_verdicts():
     robust = net(x_adv).argmax(1) == y
     assert torch.equal(robust, both["square"] == 0)
     assert torch.equal(robust, eval_attacks.robust_in(both, "aa"))
-    stages = torch.stack([both[name] for name in ("nat", "apgd", "fab-t", "square")])
+    stages = torch.stack([both[name] for name in ("nat", "apgd", "apgd-t", "fab-t", "square")])
     assert (stages >= 0).all()
     assert ((stages == 1).sum(0) == ~robust).all()  # fooled once, then left alone
     assert ((stages == 2) == ((stages == 1).cumsum(0) - (stages == 1).int() > 0)).all()
     known = {"nat": torch.ones(20, dtype=torch.int8)}  # all wrong: nothing is left to attack
-    with pytest.warns(UserWarning, match="3 classes"):
-        evaluate(net, x, y, ["aa"], verdicts=known)
+    evaluate(net, x, y, ["aa"], verdicts=known)
     assert (known["square"] == 2).all()
-    assert "apgd-t" not in known
+    with pytest.warns(UserWarning, match="needs 4 classes, not 3"):
+        assert torch.equal(eval_attacks.STAGES["apgd-t"](net, x / 255, y, eps=0.01), x / 255)
     half = evaluate(net, x, y, ["apgd"], amp=True)["apgd"]
     assert (half != asked["apgd"]).sum() <= 2
     with pytest.raises(TypeError, match="uint8"):
@@ -201,7 +207,7 @@ def fake_cuda(monkeypatch):
     fakes |= {"CUDAGraph": FakeGraph, "graph": fake_recording}
     for name, value in fakes.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    graphed, recorded = clirat.graphed, []
+    graphed, recorded = models.graphed, []
 
     def on_cuda(function, device):
         def noted(*inputs):
@@ -213,14 +219,13 @@ def fake_cuda(monkeypatch):
 
         return graphed(noted, torch.device("cuda"))
 
-    monkeypatch.setattr(clirat, "graphed", on_cuda)
-    monkeypatch.setattr(eval_attacks, "graphed", on_cuda)
+    monkeypatch.setattr(models, "graphed", on_cuda)
     monkeypatch.setattr(eval_attacks, "graph_device", lambda model: torch.device("cuda"))
     return recorded
 
 
 def test_a_replay_leaves_earlier_results_alone(fake_cuda):
-    double = clirat.graphed(lambda x: (2 * x,), torch.device("cuda"))
+    double = models.graphed(lambda x: (2 * x,), torch.device("cuda"))
     results = [double(torch.full((3,), float(i)))[0] for i in range(3)]
     assert torch.stack(results).tolist() == [[0] * 3, [2] * 3, [4] * 3]
     assert len(fake_cuda) == 1
@@ -251,9 +256,8 @@ def test_amp_and_compile(options, data, straight, tmp_path, monkeypatch):
     log, exact = (
         torch.load(o / "last.pt", weights_only=True)["log"] for o in (tmp_path / "run", straight)
     )
-    if "trades" not in options:
-        for ours, theirs in zip(log, exact, strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
+    if "trades" not in options:  # later epochs drift apart
+        assert log[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.05)
     assert all(math.isfinite(row["loss"]) for row in log)
 
 
@@ -421,6 +425,12 @@ def test_other_peoples_checkpoints(name, tmp_path):
             older.writestr(item, file.read(item).replace(b"numpy._core", b"numpy.core"))
     path = tmp_path / "numpy_1.pt"
     assert models.load(path)[1] == {"epoch": 3, "best": 0.5, "arch": name, "lr": 0.1}
+    other = {key: 2 * value for key, value in state.items()}
+    for first, second in ("ema", "net"), ("net", "ema"):  # the first is taken, and it is said
+        torch.save({first: state, second: other, "epoch": 3}, path)
+        ours, metadata = models.load(path)
+        torch.testing.assert_close(ours(x), expected)
+        assert metadata["state_dict"] == f"{first}, not {second}"
 
 
 WRN = models.build("wrn-10-1").state_dict()
@@ -429,17 +439,17 @@ WRN = models.build("wrn-10-1").state_dict()
 # what -> a file's bytes or its contents for torch.save, words of the message
 REFUSED = {
     "code": (RunsCode(), "not loaded.*state_dict"),
-    "module": (small_network(), "whole model"),
+    "module": (small_network(), "holds code"),
     "list": ([1, 2], "a list"),
     "other keys": ({"model": {"a": torch.ones(1)}}, "no weights of ResNet-18"),
     "web page": (b"\n<!DOCTYPE html><html>", "web page"),
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-    "safetensors": (b"\x40\0\0\0\0\0\0\0{\"conv1.weight\":", "safetensors.torch"),
-    "text": (b"not a checkpoint", "not loaded|cannot be"),
-    "empty": (b"", "cannot be read"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "LFS pointer"),
+    "safetensors": (b"\x40\0\0\0\0\0\0\0{\"conv1.weight\":", "safetensors"),
+    "text": (b"not a checkpoint", "no checkpoint"),
+    "empty": (b"", "is damaged"),
     "nan": (WRN | {"fc.bias": torch.tensor([math.nan, *[0.0] * 9])}, "not finite"),
-    "normalising": (WRN | {"mean": torch.ones(3)}, "normalises"),
-    "deeper": (WRN | {"block1.conv3.weight": torch.ones(1)}, "unknown block1.conv3"),
+    "normalising": (WRN | {"mean": torch.ones(3)}, "1 unknown: mean"),
+    "deeper": (WRN | {"block1.conv3.weight": torch.ones(1)}, "1 unknown: block1.conv3"),
 }  # fmt: skip
 
 
@@ -468,13 +478,9 @@ def test_cifar10_folders(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.CIFAR10", fake)
     inner = tmp_path / "cifar-10-batches-py"
     inner.mkdir()
-    for error, message in (
-        (PermissionError("read-only"), "cannot write"),
-        (OSError("no route"), "no download.*damaged.*toy"),
-        (RuntimeError("corrupted"), "is damaged.*delete it"),
-    ):
+    for error in PermissionError("read-only"), OSError("no route"), RuntimeError("corrupted"):
         errors.append(error)
-        with pytest.raises((OSError, ValueError), match=message):
+        with pytest.raises(OSError, match=f"no CIFAR-10 in .*{error}.*toy"):
             clirat.load_data(str(inner))
     assert asked == [tmp_path] * 3
 
@@ -603,7 +609,7 @@ def test_progress_of_an_evaluation(monkeypatch):
         if name not in ("nat", "fgsm"):  # one step
             assert sum(passes) == 12 * most
     monkeypatch.setattr("sys.stderr", Terminal())
-    clock = iter(range(10**6))
+    clock = iter(range(0, 10**6))
     fake = types.SimpleNamespace(perf_counter=lambda: next(clock))
     monkeypatch.setattr(eval_attacks, "time", fake)
     images = (x * 255).round().byte()
@@ -620,6 +626,82 @@ def str_of(seconds):
     return f"0:0{round(seconds) // 60}:{round(seconds) % 60:02d}"
 
 
+@pytest.mark.parametrize("stderr", [None, types.SimpleNamespace(write=print, flush=print)])
+def test_without_a_stderr(stderr, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stderr", stderr)  # None: closed, as by 2>&-
+    run(data, "--out", tmp_path, "--epochs", "1")
+    evaluate_files(tmp_path / "last.pt", "--data", data, "--attacks", "nat", "pgd20")
+    assert load(tmp_path / "last.pt")["epoch"] == 1
+
+
+def test_in_a_thread(data, tmp_path):
+    def work():
+        run(data, "--out", tmp_path, "--epochs", "1")
+        evaluate_files(tmp_path / "last.pt", "--data", data, "--attacks", "nat")
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    assert any(tmp_path.glob("last.pt.*.npz"))
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_a_closed_pipe(data, tmp_path):
+    common = ["--data", str(data), "--device", "cpu"]
+    train = ["clirat.py", "--arch", "wrn-10-1", "--batch-size", "20", "--steps", "1", *common]
+    attack = ["eval_attacks.py", str(tmp_path / "last.pt"), *common]
+    for command, hint in (
+        ([*train, "--out", str(tmp_path)], f"epochs are saved: --resume --out {tmp_path} goes on"),
+        (attack, "the same command goes on from there"),
+    ):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, **pipes)
+        process.stdout.readline()
+        process.stdout.close()  # as by | head -1
+        err = process.stderr.read()
+        assert process.wait() == 1
+        assert f"{command[0]}: stopped: [Errno 32] Broken pipe" in err
+        assert err.strip().endswith(hint)
+        assert "ignored" not in err
+        assert "Traceback" not in err
+
+
+def test_missing_classes_are_said(data, tmp_path, capsys):
+    arrays = dict(np.load(data))
+    order = {part: np.argsort(arrays[f"y_{part}"], kind="stable") for part in ("train", "test")}
+    np.savez(tmp_path / "sorted.npz", **{k: v[order[k[2:]]] for k, v in arrays.items()})
+    run(tmp_path / "sorted.npz", "--out", tmp_path, "--epochs", "1", "--train-size", "25")
+    said = "note: the first 25 training images are of 3 of 5 classes\n"
+    assert capsys.readouterr().err == said
+    words = tmp_path / "last.pt", "--attacks", "nat", "--data"
+    evaluate_files(*words, data)
+    assert capsys.readouterr().err == ""
+    evaluate_files(*words, tmp_path / "sorted.npz", "--n", "6")
+    said = f"note: {tmp_path}/last.pt knows 5 classes, the 6 images are of 1\n"
+    assert capsys.readouterr().err == said
+    torch.save(models.build("wrn-10-1", 100).state_dict(), tmp_path / "last.pt")
+    evaluate_files(*words, data)
+    assert "knows 100 classes, the 30 images are of 5\n" in capsys.readouterr().err
+
+
+def test_which_state_dict_is_said(data, tmp_path, capsys):
+    state, figures = models.build("wrn-10-1", 5).state_dict(), tmp_path / "figures.json"
+    torch.save({"ema": state, "net": state}, tmp_path / "a.pt")
+    evaluate_files(tmp_path / "a.pt", "--data", data, "--attacks", "nat", "--json", figures)
+    said = "of the state dicts in the file this is ema, not net"
+    assert f"warning: {tmp_path}/a.pt: {said}\n" in capsys.readouterr().err
+    (told,) = json.loads(figures.read_text())
+    assert told["training"]["state_dict"] == "ema, not net"
+    assert said in told["warnings"]
+
+
+def test_any_device_of_pytorch():
+    assert clirat.join_processes("meta", False) == torch.device("meta")
+    with pytest.raises(ValueError, match="--device nowhere: "):
+        clirat.join_processes("nowhere", False)
+
+
 def test_verdicts_that_cannot_be_kept(data, straight, tmp_path, monkeypatch, capsys):
     path = tmp_path / "a b.pt"
     shutil.copy(straight / "last.pt", path)
@@ -627,14 +709,10 @@ def test_verdicts_that_cannot_be_kept(data, straight, tmp_path, monkeypatch, cap
     def read_only(*_):
         raise PermissionError("read-only folder")
 
-    monkeypatch.setattr(eval_attacks, "write", read_only)
-    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr("sys.stdout", ascii_only)
-    evaluate_files(path, "--data", data, "--attacks", "nat", "--n", "7", "--batch-size", "2")
-    monkeypatch.undo()
-    assert capsys.readouterr().err == "note: verdicts are not kept: read-only folder\n"
-    ascii_only.seek(0)
-    assert "a b.pt | 7 |" in ascii_only.read()
+    monkeypatch.setattr(clirat, "write", read_only)
+    with pytest.warns(UserWarning, match="verdicts are not kept: read-only folder"):
+        evaluate_files(path, "--data", data, "--attacks", "nat", "--n", "7", "--batch-size", "2")
+    assert "a b.pt | 7 |" in capsys.readouterr().out
 
 
 def work(rank, world, folder):
@@ -653,11 +731,10 @@ def work(rank, world, folder):
         net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
         optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
         args = clirat.parse_args(["--batch-size", "8", "--method", *words.split()])
-        model = clirat.distributed(net)
+        model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
         attack = lambda x, y, start, tau: (x.flip(3), y)  # noqa: E731
-        seen = clirat.train_epoch(args, 76, model, attack, optimizer, x, y)
-        batches = seen.view(3, 3, 8)  # (3, batches, m)
-        results[words] = [net.state_dict(), batches.sort(2).values[1:], batches[0].mean(1)]
+        row = clirat.train_epoch(args, 76, model, attack, optimizer, x, y)
+        results[words] = [net.state_dict(), row]
         del model  # holds the group
     if rank == 0:
         torch.save(results, f"{folder}/results-{world}.pt")
@@ -675,20 +752,3 @@ def test_two_processes_equal_one(tmp_path):
     assert same(one.pop("verdicts"), two.pop("verdicts"))
     for words in one:
         torch.testing.assert_close(one[words], two[words], atol=1e-5, rtol=1e-4)
-
-
-def meet_bad_input(rank, folder):
-    for bad_rank in 0, 1:
-        store = f"file://{folder}/store-{bad_rank}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-        device, error = "nowhere" if rank == bad_rank else "cpu", io.StringIO()
-        with contextlib.redirect_stderr(error), pytest.raises(SystemExit, match="2"):
-            clirat.main(["--data", "toy", "--device", device, "--out", f"{folder}/run"])
-        said = "clirat.py: error: --device nowhere"
-        assert error.getvalue().startswith(said) == (rank == 0)
-        assert error.getvalue().count("\n") == (rank == 0)
-
-
-def test_bad_input_of_one_process_ends_all(tmp_path):
-    torch.multiprocessing.spawn(meet_bad_input, (tmp_path,), nprocs=2)
-    assert not (tmp_path / "run").exists()

@@ -177,19 +177,21 @@ def test_study(data, tmp_path, monkeypatch, capsys):
     (moved / "clirat-wrn-10-1-s1" / "log.csv").unlink()
     assert study.main([word.replace(str(tmp_path), str(moved)) for word in words]) == 0
     assert commands[0].endswith("--resume")
-    for option, message in (
-        ("--lr 0.5", "was started with another lr"),
-        ("--seed 2", "leave --seed out"),
-        ("--meth at", "leave --method out"),
-        ("--init elsewhere.pt", "leave --init out"),
+    new = [word.replace(str(tmp_path), str(tmp_path / "new")) for word in words]
+    for command, option, message in (
+        (words, "--lr 0.5", "was started with lr 0.1, not 0.5"),
+        (words, "--init elsewhere.pt", "was started with init None, not elsewhere.pt"),
+        (new, "--seed 2", "leave --seed out"),
+        (new, "--meth at", "leave --method out"),
+        (new, "--init elsewhere.pt", "leave --init out"),
     ):
         with pytest.raises(SystemExit, match="2"):
-            study.main([*words, *option.split()])
+            study.main([*command, *option.split()])
         assert message in capsys.readouterr().err
     (folder / "args.json").write_text("[]")
     with pytest.raises(SystemExit, match="2"):
         study.main(words)
-    assert "was started with another" in capsys.readouterr().err
+    assert "holds no run to resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("burn_in", ["0", "2"])

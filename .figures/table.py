@@ -55,7 +55,8 @@ def group(files):
     groups, networks = [], []
     for settings, points in files:
         training = settings["training"]
-        same = without(training, ALIKE | ({"epoch"} if "selected_by" in training else set()))
+        alike = ALIKE | ({"epoch"} if "selected_by" in training else set())
+        same = without(training, alike | ({"data"} if "digest" in training else set()))
         seeds = next((seeds for other, seeds in groups if other == same), None)
         if seeds is None:
             seeds = {}
