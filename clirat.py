@@ -184,9 +184,8 @@ def check_attack(x, y, eps):
     """ValueError on images, labels or eps that no attack can take."""
     images = x.ndim == 4 and len(x) and x.dtype in (torch.float32, torch.float64)
     if not images or y.shape != x.shape[:1] or y.is_floating_point():
-        found = f"{x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"
-        wanted = "float32 or float64 images (N > 0, C, H, W) and integer labels (N,)"
-        raise ValueError(f"want {wanted}, not {found}")
+        found = f"{x.dtype} {tuple(x.shape)}, {y.dtype} {tuple(y.shape)}"
+        raise ValueError(f"want float32/64 images (N > 0, C, H, W), integer labels (N,): {found}")
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return  # no value can be looked at; the warm-up before did
     low, high = (value.item() for value in x.aminmax())
@@ -198,13 +197,15 @@ def check_attack(x, y, eps):
 
 def start(x, init, eps):
     """Where PGD starts (l.5): "normal" x + 0.001 N(0, I), "uniform" in the ball, "none" at x."""
-    if init == "normal":  # not randn_like, which draws in the order of x's memory
+    if init == "normal":  # as the base codes: at x itself TRADES' KL has no gradient
+        # not randn_like, which draws in the order of the memory, channels last or not
         return x + 0.001 * torch.randn(x.shape, device=x.device, dtype=x.dtype)
     if init == "uniform":
         return x + torch.empty_like(x).uniform_(-eps, eps)
     if init == "none":
         return x
-    raise ValueError(f"want init normal, uniform, none or a tensor like x, not {init!r}")
+    found = getattr(init, "shape", repr(init))
+    raise ValueError(f"want init normal, uniform, none or a tensor like x, not {found}")
 
 
 def pgd(
@@ -253,10 +254,7 @@ def pgd(
 
 
 def fast_pgd(net, dtype=None, compiled=False, **options):
-    """`pgd` with these options on a faster copy of net, as a function of x, y, start and tau.
-
-    Returns (x_adv, kappa). The copy, in dtype, follows net; on CUDA all steps are one graph.
-    """
+    """`pgd` on a faster copy of net that follows it: a function of x, y, start and tau."""
     copy = models.Folded(net, dtype)
     model = torch.compile(copy, dynamic=False) if compiled else copy
 
@@ -271,16 +269,13 @@ def fast_pgd(net, dtype=None, compiled=False, **options):
 
 
 def augment(x):
-    """Random crop after 4 pixels of zero padding, then random horizontal flip.
-
-    (N, C, H, W), uint8 -> the same in [0, 1], channels last, the faster layout for convolutions.
-    """
+    """Random crop after 4 pixels of zero padding, random flip: uint8 (N, C, H, W) -> [0, 1]."""
     n, _, h, w = x.shape
     top, left = torch.randint(9, (2, n), device=x.device)
     crops = F.pad(x, (4, 4, 4, 4)).unfold(2, h, 1).unfold(3, w, 1)  # (N, C, 9, 9, H, W), a view
     x = crops[torch.arange(n, device=x.device), :, top, left]  # (N, C, H, W)
     x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
-    return x.to(memory_format=torch.channels_last) / 255
+    return x.to(memory_format=torch.channels_last) / 255  # the faster layout for convolutions
 
 
 def shuffled(n, batch_size, device):
@@ -684,7 +679,6 @@ def parse_args(argv=None):
     add("--eval-every", "NAT and PGD-20 every N epochs, 0: never", 1, type=natural, metavar="N")
     add("--eval-size", "... on the first N test images", 1000, type=positive, metavar="N")
     args = parser.parse_args(argv)
-
     method, burn_in = METHODS[args.method], round(args.epochs * 75 / 120)
     defaults = {"gamma": method.gamma, "beta": method.beta, "trade_off": method.trade_off}
     defaults |= {"burn_in": burn_in, "lr_milestones": [burn_in, round(args.epochs * 90 / 120)]}
@@ -722,7 +716,6 @@ def setup(args, device, data, start):
     if (present := len(y_train[:n].unique())) < classes and is_lead():
         said = f"the first {n} training images are of {present} of {classes} classes"
         print(f"note: {said}", file=sys.stderr)
-
     torch.manual_seed(args.seed)
     net = models.build(args.arch, int(classes)).to(device, memory_format=torch.channels_last)
     if world > 1 and device.type == "cuda":
@@ -760,7 +753,6 @@ def main(argv=None):
     except (OSError, ValueError, RuntimeError) as error:
         print(f"clirat.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-
     try:
         if is_lead():
             sizes = (

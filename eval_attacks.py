@@ -5,8 +5,7 @@
 AutoAttack is the standard version for L-infinity (Croce & Hein 2020): APGD-CE, targeted APGD,
 targeted FAB and Square, each on what is still robust. Every attack works on any function that maps
 images (N, C, H, W) in [0, 1] to logits (N, K), and returns images in the ball around x. Noise
-belongs to an image's number (`index`): batch size, order and the other images change a verdict by
-rounding at most.
+belongs to an image's number: batch size, order and other images move a verdict by rounding at most.
 
 Options that the attacks share: seed of the noise; index (N,), the images' numbers, 0..N-1 by
 default; batch_size of the forward passes; judge, the model whose verdict counts where `model` is
@@ -513,9 +512,9 @@ def evaluate(
             tick(0)
             images, labels = x[index] / 255, y[index]
             options = {"eps": eps, "seed": seed, "index": index, "batch_size": batch_size}
-            attack = (ATTACKS | STAGES)[name]
+            options |= {"judge": model, "tick": tick}
             attacked = fast if name == "square" else half
-            x_adv = attack(attacked, images, labels, judge=model, tick=tick, **options)
+            x_adv = (ATTACKS | STAGES)[name](attacked, images, labels, **options)
             wrong = verdict(model, images, labels, x_adv, eps, batch_size)
             tick(len(index))
             verdicts[name][index] = wrong.to("cpu", torch.int8)
@@ -617,21 +616,13 @@ def paper_row(settings, attacks):
         if method == training.get("method"):
             values = dict(zip(PAPER_COLUMNS, cells.split(", "), strict=True))
             return [values.get(name, "") for name in attacks]
-    return None
 
 
 # ---- Verdict files -------------------------------------------------------------------------------
 
 SETTINGS = "n", "eps", "seed", "amp", "version", "data", "weights"  # make a verdict file's key
 VERSION = 5  # of the attacks and the files: verdicts of another version are not reused
-CIFAR10 = 21_590_746_922_745  # the CRCs of its 10,000 test images (3, 32, 32), added up
-
-
-def dataset(x, spec):
-    """CIFAR-10 where x holds its test images, in any order; else the name of the file, or `toy`."""
-    if sum(map(zlib.crc32, x.cpu().numpy())) == CIFAR10:
-        return "CIFAR-10"
-    return Path(spec).name
+CIFAR10 = 21_590_746_922_745  # the CRCs of its 10,000 test images, in any order, added up
 
 
 def read_verdicts(path):
@@ -699,7 +690,8 @@ def verdict_file(args, path, model, metadata, x, y):
     settings |= {"version": VERSION, "data": clirat.digest(x, y)}
     settings |= {"weights": clirat.digest(*model.state_dict().values())}
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-    settings |= {"dataset": dataset(x, args.data), "training": metadata}
+    cifar10 = sum(map(zlib.crc32, x.cpu().numpy())) == CIFAR10
+    settings |= {"dataset": "CIFAR-10" if cifar10 else Path(args.data).name, "training": metadata}
     return path.with_name(f"{path.name}.{key}.npz"), settings
 
 

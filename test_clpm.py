@@ -232,11 +232,11 @@ def test_pgd_invariants(loss, init, training):
 
 X, Y = small_images()
 BAD_INPUT = {  # what -> arguments of an attack, words of the message
-    "bytes": ((X * 255).byte(), Y, 0.1, "float64 images"),
+    "bytes": ((X * 255).byte(), Y, 0.1, "float32/64 images"),
     "0..255": (X * 255, Y, 0.1, r"\[0, 1\].*255"),
     "normalised": (X - 0.5, Y, 0.1, r"\[0, 1\]"),
     "nan": (X * math.nan, Y, 0.1, r"\[0, 1\]"),
-    "one image": (X[0], Y, 0.1, "float64 images"),
+    "one image": (X[0], Y, 0.1, "float32/64 images"),
     "no images": (X[:0], Y[:0], 0.1, "N > 0"),
     "column": (X, Y[:, None], 0.1, "integer labels"),
     "float labels": (X, Y.float(), 0.1, "integer labels"),

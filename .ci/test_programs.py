@@ -140,6 +140,21 @@ def test_accuracy_in_training():
     assert clirat.nat_and_pgd20(args, net, attack, images, y) == [0, 0]
 
 
+def test_pgd20_is_at_the_eps_of_the_run(data, tmp_path, monkeypatch):
+    made, fast_pgd = [], clirat.fast_pgd
+
+    def noted(net, *args, **options):
+        made.append(options)
+        return fast_pgd(net, *args, **options)
+
+    monkeypatch.setattr(clirat, "fast_pgd", noted)
+    run(data, "--out", tmp_path, "--epochs", "1", "--eps", "0.01", "--step-size", "0.004")
+    assert made == [
+        {"steps": 2, "step_size": 0.004, "eps": 0.01, "loss": "ce"},
+        {"steps": 20, "step_size": 0.003, "eps": 0.01},
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:no targeted APGD")
 def test_evaluate_keeps_and_reuses_verdicts():
     x, y = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8), torch.arange(20) % 3
