@@ -14,6 +14,7 @@ To the end of Algorithm 1: the paper. Below: evaluation, processes, data, run fo
 import argparse
 import contextlib
 import datetime
+import gc
 import hashlib
 import io
 import json
@@ -195,7 +196,7 @@ def check_attack(x, y, eps):
         raise ValueError(f"want images in [0, 1], eps >= 0 and labels in 0..K-1, not {found}")
 
 
-def start(x, init, eps):
+def pgd_start(x, init, eps):
     """Where PGD starts (l.5): "normal" x + 0.001 N(0, I), "uniform" in the ball, "none" at x."""
     if init == "normal":  # as the base codes: at x itself TRADES' KL has no gradient
         # not randn_like, which draws in the order of the memory, channels last or not
@@ -215,8 +216,8 @@ def pgd(
 
     model: maps images to logits. x: (N, C, H, W) in [0, 1]. y: (N,) integers. eps, step_size: in
     units of x. steps >= 0. loss: "ce" cross-entropy, "kl" KL(p(x) || p(x_adv)), "cw"
-    max_{k != y} z_k - z_y. init: see `start`, or a tensor like x. tau: an example stops once more
-    than tau of its iterates, the start included, were misclassified (FAT); None: never.
+    max_{k != y} z_k - z_y. init: see `pgd_start`, or a tensor like x. tau: an example stops once
+    more than tau of its iterates, the start included, were misclassified (FAT); None: never.
 
     Returns x_adv like x, inside the ball and [0, 1]; with return_kappa also kappa (N,), at how many
     of the iterates 0..steps-1 (0: the start) the example was classified correctly (GAIRAT). Runs in
@@ -229,8 +230,7 @@ def pgd(
     x, y, kappa = x.detach(), y.long(), torch.zeros_like(y, dtype=torch.int64)
     lower, upper = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     given = isinstance(init, torch.Tensor) and init.shape == x.shape
-    x_adv = (init.detach() if given else start(x, init, eps)).clamp(lower, upper)
-
+    x_adv = (init.detach() if given else pgd_start(x, init, eps)).clamp(lower, upper)
     with eval_mode(model), torch.enable_grad():
         if loss == "kl":  # the natural branch is constant: one forward, not one a step
             with torch.no_grad():
@@ -305,7 +305,7 @@ def train_epoch(args, epoch, model, attack, optimizer, x_train, y_train):
     model.train()
     for batch in progress(batches, f"epoch {epoch}/{args.epochs}", args.epochs - epoch + 1):  # l.2
         x, y = augment(x_train[batch]), y_train[batch]  # l.3
-        x_adv, kappa = attack(x, y, start(x, "normal", args.eps), tau)  # l.5-8: `pgd` on a copy
+        x_adv, kappa = attack(x, y, pgd_start(x, "normal", args.eps), tau)  # l.5-8: `pgd` on a copy
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             logits_nat = None if method.loss == "at" else model(x).to(x.dtype)  # (n, K)
             logits_adv = model(x_adv).to(x.dtype)  # (n, K)
@@ -362,9 +362,9 @@ def train(args, data, net, optimizer, state):
     if dist.is_initialized():
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # since torch 2.13
         model = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
-    inner = {"steps": args.steps, "step_size": args.step_size, "eps": args.eps}
-    inner["loss"] = "kl" if METHODS[args.method].loss == "trades" else "ce"
-    attack = fast_pgd(net, torch.bfloat16 if args.amp else None, args.compile, **inner)
+    options = {"steps": args.steps, "step_size": args.step_size, "eps": args.eps}
+    options["loss"] = "kl" if METHODS[args.method].loss == "trades" else "ce"
+    attack = fast_pgd(net, torch.bfloat16 if args.amp else None, args.compile, **options)
     attack_20 = fast_pgd(net, steps=20, step_size=0.003, eps=args.eps)
     for epoch in range(state["epoch"] + 1, args.epochs + 1):  # l.1
         begun = time.perf_counter()
@@ -385,7 +385,6 @@ def train(args, data, net, optimizer, state):
             shown = {k: v for k, v in row.items() if not k.startswith(("lr", "weight", "images"))}
             figures = [f"{name} {value:.4g}" for name, value in shown.items() if value is not None]
             print(*figures, f"{datetime.timedelta(seconds=left)} left", sep=", ", flush=True)
-
     if args.eval_every:
         torch.manual_seed(args.seed)
         nat, pgd20 = nat_and_pgd20(args, net, attack_20, x_test, y_test)
@@ -409,7 +408,7 @@ def nat_and_pgd20(args, net, attack, x, y):
     correct = torch.zeros(2, device=x.device)
     for batch in progress(places.split(args.batch_size), "evaluation"):
         images, labels = x[batch].to(memory_format=torch.channels_last) / 255, y[batch]
-        x_adv, _ = attack(images, labels, start(images, "uniform", args.eps))  # as MAIL's code
+        x_adv, _ = attack(images, labels, pgd_start(images, "uniform", args.eps))  # as MAIL's code
         with eval_mode(net), torch.no_grad():
             wrong = torch.stack([is_wrong(net(inputs), labels) for inputs in (images, x_adv)])
         correct += (~wrong).sum(1)
@@ -610,14 +609,14 @@ def open_run(args):
     if not args.init:
         return None
 
-    def start_of(method, arch, seed):  # FAT differs from the first epoch on
+    def origin(method, arch, seed):  # FAT differs from the first epoch on
         return f"{method if method == 'fat' else METHODS[method].loss}, {arch}, seed {seed}"
 
-    checkpoint, ours = models.read(args.init), start_of(args.method, args.arch, args.seed)
+    checkpoint, ours = models.read(args.init), origin(args.method, args.arch, args.seed)
     if not {"optimizer", "args", "log"} <= checkpoint.keys():
         raise ValueError(f"{args.init} is no training checkpoint: use a run's burnin.pt")
     before, epoch = checkpoint["args"], checkpoint["epoch"]
-    theirs = start_of(before["method"], before["arch"], before["seed"])
+    theirs = origin(before["method"], before["arch"], before["seed"])
     latest = min(before["burn_in"], args.burn_in, args.epochs - 1)
     if theirs != ours or epoch > latest:
         wanted = f"want {ours}, and no epoch after {latest}: use such a run's burnin.pt"
@@ -773,6 +772,7 @@ def main(argv=None):
         sys.stdout = None if isinstance(error, BrokenPipeError) else sys.stdout  # no second try
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
     if dist.is_initialized():
+        gc.collect()  # DistributedDataParallel holds the group, whose threads can abort the end
         dist.destroy_process_group()
 
 

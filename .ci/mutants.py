@@ -146,8 +146,8 @@ PGD's kl swapped | clirat.py | algorithm_1 and trades
 +objective = kl(logits, logits_nat).sum()
 
 PGD's start outside the ball | clirat.py | inside_the_ball
--(init.detach() if given else start(x, init, eps)).clamp(lower, upper)
-+(init.detach() if given else start(x, init, eps)).clamp(0, 1)
+-(init.detach() if given else pgd_start(x, init, eps)).clamp(lower, upper)
++(init.detach() if given else pgd_start(x, init, eps)).clamp(0, 1)
 
 kappa counted from after the step | clirat.py | pgd_by_hand
 -            kappa += logits.argmax(1) == y
@@ -214,8 +214,8 @@ training in eval mode | clirat.py | algorithm_1 and clirat
 +    model.eval()
 
 start at x itself, noise dropped | clirat.py | algorithm_1 and clirat
--x_adv, kappa = attack(x, y, start(x, "normal", args.eps), tau)
-+x_adv, kappa = attack(x, y, start(x, "none", args.eps), tau)
+-x_adv, kappa = attack(x, y, pgd_start(x, "normal", args.eps), tau)
++x_adv, kappa = attack(x, y, pgd_start(x, "none", args.eps), tau)
 
 normal noise of another size | clirat.py | algorithm_1 and clirat
 -return x + 0.001 * torch.randn
@@ -318,8 +318,8 @@ accuracy in training: NAT and PGD-20 swapped | clirat.py | accuracy
 +for inputs in (x_adv, images)
 
 accuracy in training: PGD-20 starts at x | clirat.py | accuracy
--start(images, "uniform", args.eps)
-+start(images, "none", args.eps)
+-pgd_start(images, "uniform", args.eps)
++pgd_start(images, "none", args.eps)
 
 accuracy in training: PGD-20's step | clirat.py | eps_of_the_run
 -attack_20 = fast_pgd(net, steps=20, step_size=0.003
@@ -350,12 +350,12 @@ attack on the first weights | clirat.py | algorithm_1 and clirat
 +        pass
 
 TRADES' attack with ce | clirat.py | algorithm_1 and trades
--inner["loss"] = "kl" if METHODS[args.method].loss == "trades" else "ce"
-+inner["loss"] = "ce"
+-options["loss"] = "kl" if METHODS[args.method].loss == "trades" else "ce"
++options["loss"] = "ce"
 
 MART's attack with kl | clirat.py | algorithm_1 and mart
--inner["loss"] = "kl" if METHODS[args.method].loss == "trades" else "ce"
-+inner["loss"] = "ce" if METHODS[args.method].loss == "at" else "kl"
+-options["loss"] = "kl" if METHODS[args.method].loss == "trades" else "ce"
++options["loss"] = "ce" if METHODS[args.method].loss == "at" else "kl"
 
 >= for > in the schedule | clirat.py | algorithm_1 and clirat
 -sum(epoch > milestone for milestone
