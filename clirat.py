@@ -107,9 +107,8 @@ def at_loss(logits_adv, labels, weights=None):
     Returns a scalar. ValueError on a wrong shape; a label outside 0..K-1 is PyTorch's own error.
     """
     if labels.shape != logits_adv.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"want integer labels ({len(logits_adv)},), not {labels.dtype} {labels.shape}"
-        )
+        found = f"{labels.dtype} {tuple(labels.shape)}"
+        raise ValueError(f"want integer labels ({len(logits_adv)},), not {found}")
     # gather, since F.cross_entropy would ignore the label -100
     log_p_y = logits_adv.log_softmax(1).gather(1, labels[:, None].long()).squeeze(1)  # (N,)
     return weighted_mean(-log_p_y, weights)
@@ -301,7 +300,6 @@ def train_epoch(args, epoch, model, attack, optimizer, x_train, y_train):
         tau = sum(epoch > round(args.epochs * e / 120) for e in (50, 90))
     tau = torch.tensor(tau, device=device)  # an input of the CUDA graph
     batches, examples = shuffled(len(x_train), args.batch_size, device), []
-
     model.train()
     for batch in progress(batches, f"epoch {epoch}/{args.epochs}", args.epochs - epoch + 1):  # l.2
         x, y = augment(x_train[batch]), y_train[batch]  # l.3
@@ -498,14 +496,12 @@ def load_cifar10(folder, parts):
         raise FileNotFoundError(f"no folder {folder} for CIFAR-10: make it, or use FILE.npz or toy")
     if held and not held & {"cifar-10-batches-py", "cifar-10-python.tar.gz"}:
         raise ValueError(f"{folder} holds {min(held)}, not CIFAR-10: give an empty folder")
-    from torchvision.datasets import CIFAR10  # slow to import, and only needed here
-
     try:
+        from torchvision.datasets import CIFAR10  # slow to import, and only needed here
+
         sets = [CIFAR10(folder, train=part == "train", download=True) for part in parts]
     except Exception as error:  # no network, a full disk, a damaged archive
-        raise OSError(
-            f"no CIFAR-10 in {folder} ({error}): mend it, or --data FILE.npz or toy"
-        ) from None
+        raise OSError(f"no CIFAR-10 in {folder} ({error}): use --data FILE.npz or toy") from None
     return [array for part in sets for array in (part.data, np.array(part.targets))]
 
 
@@ -532,17 +528,18 @@ def load_data(spec, parts=("train", "test")):
     if is_lead() and dist.is_initialized():
         dist.barrier()
 
-    tensors, classes = [], max(labels.max(initial=1) for labels in arrays[1::2]) + 1
+    tensors = []
     for x, y in zip(arrays[::2], arrays[1::2], strict=True):
         if x.dtype != np.uint8 or x.shape[1:] != (*arrays[0].shape[1:3], 3) or not x.size:
             raise ValueError(f"{spec}: want uint8 images (N, H, W, 3), not {x.dtype} {x.shape}")
         if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0:
-            found = f"{y.dtype} {y.shape} from {y.min(initial=0)}"
+            found = f"{y.dtype} {y.shape} from {min(y.flat, default=0)}"
             raise ValueError(f"{spec}: want {len(x)} integers from 0 as labels, not {found}")
         images = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
         tensors += [images, torch.from_numpy(y.astype(np.int64))]
-    if "train" in parts and len(known := np.unique(arrays[1])) < classes:
-        raise ValueError(f"{spec}: want all classes 0..{classes - 1} in y_train, it has {known}")
+    known, last = np.unique(arrays[1]), max(1, *(int(y.max()) for y in arrays[1::2]))
+    if "train" in parts and len(known) <= last:
+        raise ValueError(f"{spec}: want all classes 0..{last} in y_train, it has {known}")
     return tuple(tensors)
 
 
@@ -605,7 +602,11 @@ def open_run(args):
     if not args.resume and any(last.parent.glob("*.pt")):
         raise ValueError(f"{args.out} already holds a run: choose another --out, or --resume it")
     if last.exists():
-        return models.read(last)
+        checkpoint, now = models.read(last), settings(args) | {"data": None}
+        before = checkpoint.get("args")
+        if not isinstance(before, dict) or before | {"data": None} != now:
+            raise ValueError(f"{last} is not of the run whose settings args.json has")
+        return checkpoint
     if not args.init:
         return None
 
@@ -613,11 +614,13 @@ def open_run(args):
         return f"{method if method == 'fat' else METHODS[method].loss}, {arch}, seed {seed}"
 
     checkpoint, ours = models.read(args.init), origin(args.method, args.arch, args.seed)
-    if not {"optimizer", "args", "log"} <= checkpoint.keys():
-        raise ValueError(f"{args.init} is no training checkpoint: use a run's burnin.pt")
-    before, epoch = checkpoint["args"], checkpoint["epoch"]
-    theirs = origin(before["method"], before["arch"], before["seed"])
-    latest = min(before["burn_in"], args.burn_in, args.epochs - 1)
+    try:
+        before, epoch = checkpoint["args"], checkpoint["epoch"]
+        theirs = origin(before["method"], before["arch"], before["seed"])
+        latest = min(before["burn_in"], args.burn_in, args.epochs - 1)
+        _ = checkpoint["model"], checkpoint["log"], checkpoint["optimizer"]["param_groups"]
+    except (KeyError, TypeError):
+        raise ValueError(f"{args.init} is no training checkpoint: use a run's burnin.pt") from None
     if theirs != ours or epoch > latest:
         wanted = f"want {ours}, and no epoch after {latest}: use such a run's burnin.pt"
         raise ValueError(f"{args.init} is epoch {epoch} of {theirs}; {wanted}")
@@ -642,7 +645,7 @@ def number(kind, low, high=math.inf):
 
 
 def parse_args(argv=None):
-    """The arguments, defaults filled in; with --resume what is not given is as it was."""
+    """The arguments, defaults filled in; with --resume, `settings` not given are the run's."""
     parser = argparse.ArgumentParser("clirat.py", "%(prog)s [options]", __doc__.partition("\n")[0])
     natural, positive, real = number(int, 0), number(int, 1), number(float, 0)
 
@@ -696,10 +699,10 @@ def parse_args(argv=None):
         _ = [before[name] for name in settings(args)]
     except (OSError, LookupError, TypeError, ValueError) as error:
         parser.error(f"{args.out} holds no run to resume: {error}")
-    parser.set_defaults(**before, out=args.out)
+    parser.set_defaults(**before | {"out": args.out})
     args = parser.parse_args(argv)
     for name, value in settings(args).items():
-        if value != before[name] and name != "data":  # which may lie elsewhere now
+        if value != before[name] and (name != "data" or "digest" not in before):  # known by that
             parser.error(f"{args.out} was started with {name} {before[name]}, not {value}")
     return args
 
@@ -743,8 +746,8 @@ def main(argv=None):
         data, net, optimizer, state = setup(args, device, data, start)
         if is_lead():
             out.mkdir(parents=True, exist_ok=True)
-            for left in out.glob("[0-9]*.*.tmp"):  # by a kill; an evaluation may be at its own
-                if ".npz" not in left.name:
+            for name in "last.pt", "best.pt", "burnin.pt", "log.csv", "args.json":
+                for left in out.glob(f"[0-9]*.{name}.tmp"):  # by a kill
                     left.unlink()
             write(out / "args.json", json.dumps(settings(args), indent=2).encode() + b"\n")
             if state["log"]:  # a kill can come between last.pt and log.csv
@@ -754,13 +757,9 @@ def main(argv=None):
         sys.exit(2)
     try:
         if is_lead():
-            sizes = (
-                f"{len(data[0])} training and {len(data[2])} test images {tuple(data[0].shape[1:])}"
-            )
-            print(
-                f"{args.method}, {args.arch} on {device}: {args.data}, {sizes}; into {out}",
-                flush=True,
-            )
+            images = f"{len(data[0])} training and {len(data[2])} test images"
+            about = f"{args.data}, {images} {tuple(data[0].shape[1:])}; into {out}"
+            print(f"{args.method}, {args.arch} on {device}: {about}", flush=True)
         train(args, data, net, optimizer, state)
         if is_lead():
             words = ["python", "eval_attacks.py", out / "last.pt", "--data", args.data]
@@ -768,7 +767,8 @@ def main(argv=None):
             print("Evaluate it:", shlex.join(map(str, [*words, "--n", min(1000, len(data[3]))])))
     except (KeyboardInterrupt, FloatingPointError, OSError) as error:
         saved = f"{state['epoch']} epochs are saved: --resume --out {out} goes on"
-        print(f"\nclirat.py: stopped: {str(error) or 'Ctrl-C'}; {saved}", file=sys.stderr)
+        if is_lead():
+            print(f"\nclirat.py: stopped: {str(error) or 'Ctrl-C'}; {saved}", file=sys.stderr)
         sys.stdout = None if isinstance(error, BrokenPipeError) else sys.stdout  # no second try
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
     if dist.is_initialized():

@@ -70,11 +70,11 @@ def noise(shape, index, *seeds):
 
 
 def in_batches(attack, x, y, batch_size, targets=1, *, passes, judge=None, tick=None):
-    """Run attack(points, k, active), k = 0..targets-1 in turn, on batches of points still robust.
+    """Each point's first misclassified image (N, C, H, W), x where there is none.
 
-    A generator of images for the points, indices into x, and which are misclassified; it sees in
-    active which points are not. passes: of an image through the model from one to the next.
-    Returns each point's first misclassified image (N, C, H, W), x where there is none.
+    attack(points, k, active), for k = 0..targets-1 in turn on batches of what is still robust,
+    yields images for these indices into x, and which are misclassified; active: which are left.
+    passes: of an image through the model between two yields.
     """
     x_adv, robust = x.clone(), torch.ones_like(y, dtype=torch.bool)
     for k in range(targets):
@@ -84,7 +84,9 @@ def in_batches(attack, x, y, batch_size, targets=1, *, passes, judge=None, tick=
                 if tick:
                     tick(passes * active.sum().item())
                 wrong = wrong & active
-                if judge is not None and wrong.any():
+                if not wrong.any():
+                    continue
+                if judge is not None:
                     with eval_mode(judge), torch.no_grad():
                         agreed = is_wrong(judge(images[wrong]), y[points[wrong]])
                     wrong = wrong.masked_scatter(wrong, agreed)
@@ -363,10 +365,10 @@ def last_pgd(
     start = x + eps * (2 * noise(x.shape[1:], index, seed).to(x) - 1) if noisy else x
     options, found = {"eps": eps, "step_size": step_size or eps, "loss": loss}, []
     for x_, y_, now in zip(*(t.split(batch_size) for t in (x, y, start)), strict=True):
-        for few in [5] * (steps // 5) + [steps % 5]:  # the same iterates, with a tick between
-            now = pgd(model, x_, y_, init=now, steps=few, **options)
+        for part in [5] * (steps // 5) + [steps % 5]:  # the same iterates, with a tick between
+            now = pgd(model, x_, y_, init=now, steps=part, **options)
             if tick:
-                tick(2 * few * len(x_))
+                tick(2 * part * len(x_))
         found.append(now)
     return torch.cat(found)
 
@@ -512,7 +514,7 @@ def evaluate(
             tick(0)
             images, labels = x[index] / 255, y[index]
             options = {"eps": eps, "seed": seed, "index": index, "batch_size": batch_size}
-            options |= {"judge": model, "tick": tick}
+            options |= {"judge": model, "tick": tick if terminal else None}
             attacked = fast if name == "square" else half
             x_adv = (ATTACKS | STAGES)[name](attacked, images, labels, **options)
             wrong = verdict(model, images, labels, x_adv, eps, batch_size)
@@ -679,8 +681,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     on_cuda = 512 if args.amp else 128
     args.batch_size = args.batch_size or (on_cuda if args.device.startswith("cuda") else 64)
-    if args.json and not args.json.resolve().parent.is_dir():
-        parser.error(f"--json {args.json}: no such folder")
+    if args.json and not (args.json.suffix == ".json" and args.json.resolve().parent.is_dir()):
+        parser.error(f"--json {args.json} is no .json in a folder that exists")
     return args
 
 

@@ -156,10 +156,8 @@ class Folded(nn.Module):
 
     def __init__(self, net, dtype=None):
         super().__init__()
-        torch.empty(
-            8_300_000
-        )  # 33 MB, freed at once: from then on glibc keeps freed blocks of that
-        # size for the next pass, which else pays a page fault for every 4 kB, a quarter of its time
+        # 33 MB, freed at once: glibc then keeps freed blocks of that size for the next pass, which
+        torch.empty(8_300_000)  # else pays a page fault for every 4 kB, a quarter of its time
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         self.folds = []  # (name of a BatchNorm, name of the convolution before it or None)
         for prefix, module in list(self.net.named_modules()):
@@ -320,8 +318,9 @@ def load(path, name=None):
     metadata = plain(checkpoint) | plain(settings if isinstance(settings, dict) else {})
     if others:
         metadata["state_dict"] = f"{key}, not {', '.join(other for other, _ in others)}"
-    name = name or metadata.get("arch")
-    if not re.fullmatch(r"resnet18|wrn-\d+-\d+", str(name)):  # read it off the keys
+    if not name and re.fullmatch(r"resnet18|wrn-\d+-\d+", str(metadata.get("arch"))):
+        name = metadata["arch"]
+    if not name:  # read it off the keys
         blocks = [key for key in state if re.fullmatch(r"block1\.layer\.\d+\.conv1\.weight", key)]
         name = f"wrn-{6 * len(blocks) + 4}-{len(state[blocks[0]]) // 16}" if blocks else "resnet18"
     heads = [state[key] for key in ("linear.bias", "fc.bias") if key in state]

@@ -480,8 +480,8 @@ padding of graphs returns the padded rows | eval_attacks.py | graphs
 +results.append(zeros.index_copy_(0, index, output[-len(index) :]))
 
 judge ignored | eval_attacks.py | judge
--if judge is not None and wrong.any():
-+if judge is None and wrong.any():
+-if judge is not None:
++if judge is not None and False:
 
 targets: the least likely first | eval_attacks.py | fab_against
 -logits.argsort(1, descending=True)
@@ -632,8 +632,8 @@ a stage asked of images that are fooled | eval_attacks.py | verdicts
 +            pass
 
 --amp: an attack stops without float32's confirmation | eval_attacks.py | what_is
--options |= {"judge": model, "tick": tick}
-+options |= {"judge": half, "tick": tick}
+-options |= {"judge": model,
++options |= {"judge": half,
 
 --amp: the verdict of bfloat16 | eval_attacks.py | what_is
 -wrong = verdict(model, images, labels, x_adv, eps, batch_size)
@@ -744,11 +744,23 @@ a temporary file left by a failed write | clirat.py | temporary
 +        pass
 
 --resume takes other settings | clirat.py | bad_input
--if value != before[name] and name != "data":
+-if value != before[name] and
++if False and
+
+--resume from a checkpoint of other settings | clirat.py | one_run
+-if not isinstance(before, dict) or before | {"data": None} != now:
 +if False:
 
+a left-over of any name goes | clirat.py | kill_left
+-out.glob(f"[0-9]*.{name}.tmp")
++out.glob("[0-9]*.*.tmp")
+
+an architecture's name that is none is ignored | models.py | more_bad_input
+-    if not name:  # read it off the keys
++    if not name or name == "bogus":  # read it off the keys
+
 --resume takes the defaults instead of the run's settings | clirat.py | run_resume
--    parser.set_defaults(**before, out=args.out)
+-    parser.set_defaults(**before | {"out": args.out})
 +    parser.set_defaults(out=args.out)
 
 --resume on other images | clirat.py | bad_input
@@ -756,8 +768,8 @@ a temporary file left by a failed write | clirat.py | temporary
 +if False:
 
 --resume knows the data by its path | clirat.py | run_resume
--if value != before[name] and name != "data":
-+if value != before[name]:
+-(name != "data" or "digest" not in before)
++True
 
 --init past the burn-in | clirat.py | bad_input
 -if theirs != ours or epoch > latest:

@@ -70,6 +70,8 @@ MORE = [
     (eval_attacks, "weights.pt --attacks nat magic", "magic"),
     (eval_attacks, "weights.pt --n 31", "31"),
     (eval_attacks, "weights.pt --eps -1", "--eps"),
+    (eval_attacks, "weights.pt --arch bogus", "unknown architecture 'bogus'"),
+    (eval_attacks, "weights.pt --json weights.pt", "no .json"),
 ]
 
 
@@ -571,7 +573,7 @@ def test_two_evaluations_at_once_lose_nothing(data, straight, tmp_path, capfd):
 
 def test_what_a_kill_left_goes_and_nothing_else(data, tmp_path):
     ours = {"7.last.pt.tmp", "7.args.json.tmp"}
-    others = {"notes.tmp", "last.pt.tmp", "7.last.pt.1a.npz.tmp"}
+    others = {"notes.tmp", "2024.notes.tmp", "last.pt.tmp", "7.last.pt.1a.npz.tmp"}
     for name in ours | others:
         (tmp_path / name).write_text("x")
     run(data, "--out", tmp_path, "--epochs", "1")
@@ -647,6 +649,51 @@ def test_without_a_stderr(stderr, data, tmp_path, monkeypatch):
     run(data, "--out", tmp_path, "--epochs", "1")
     evaluate_files(tmp_path / "last.pt", "--data", data, "--attacks", "nat", "pgd20")
     assert load(tmp_path / "last.pt")["epoch"] == 1
+
+
+def test_resume_wants_args_json_and_last_pt_of_one_run(data, straight, tmp_path, capsys):
+    resume = ["--resume", "--device", "cpu", "--out", str(tmp_path / "run")]
+    other = {"method": "mart", "trade_off": 6.0}
+    for name, change in ("args.json", other), ("last.pt", None), ("args.json", {"epochs": None}):
+        shutil.copytree(straight, tmp_path / "run")
+        path = tmp_path / "run" / name
+        if name == "args.json":
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        else:
+            torch.save({}, path)
+        before = {p: p.read_bytes() for p in path.parent.iterdir()}
+        with pytest.raises(SystemExit, match="2"):
+            clirat.main(resume)
+        assert "last.pt is not of the run" in capsys.readouterr().err
+        assert {p: p.read_bytes() for p in path.parent.iterdir()} == before
+        shutil.rmtree(path.parent)
+
+
+def test_init_from_other_peoples_checkpoints(data, straight, tmp_path, capsys):
+    burnin, path = load(straight / "burnin.pt"), tmp_path / "theirs.pt"
+    wrong = {"args": {}}, {"args": argparse.Namespace(method="at")}, {"optimizer": {}}
+    for change in (*wrong, {"args": burnin["args"] | {"method": "magic"}}, {"optimizer": None}):
+        torch.save(burnin | change, path)
+        with pytest.raises(SystemExit, match="2"):
+            run(data, "--out", tmp_path / "run", "--init", path)
+        assert "no training checkpoint" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.arange(20).astype("U2"), "integers from 0"),
+        (np.uint8([*range(9), *[255] * 11]), "all classes 0..255"),
+        (np.zeros(20, int), "all classes 0..1"),
+    ],
+)
+def test_labels_that_are_none(labels, message, tmp_path):
+    images = np.zeros((20, 8, 8, 3), np.uint8)
+    names = {"x_train": images, "x_test": images, "y_train": labels, "y_test": labels}
+    np.savez(tmp_path / "a.npz", **names)
+    with pytest.raises(ValueError, match=message):
+        clirat.load_data(str(tmp_path / "a.npz"))
 
 
 def test_in_a_thread(data, tmp_path):
