@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,9 +104,9 @@ def run(command, until, held):
     if left < SHORTEST:
         return None
     print(f"\n$ python {shlex.join(command)}", flush=True)
-    process = subprocess.Popen(
-        [sys.executable, ROOT / command[0], *command[1:]], pass_fds=[held.fileno()]
-    )
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background is deaf
+    words = [sys.executable, ROOT / command[0], *command[1:]]
+    process = subprocess.Popen(words, pass_fds=[held.fileno()], preexec_fn=heard)
     try:
         return process.wait(left - GRACE if left < math.inf else None)
     except subprocess.TimeoutExpired:

@@ -208,13 +208,13 @@ def test_study_bounds_its_parts(tmp_path, monkeypatch, capfd):
     texts = {"stops.py": stops, "hangs.py": hangs, "ends.py": "raise SystemExit(3)"}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    for name, value in {"ROOT": tmp_path, "GRACE": 3, "SHORTEST": 1}.items():
+    for name, value in {"ROOT": tmp_path, "GRACE": 2, "SHORTEST": 1}.items():
         monkeypatch.setattr(study, name, value)
     held = study.lock(tmp_path, math.inf)
     begun = time.monotonic()
     assert study.run(["ends.py"], math.inf, held) == 3
-    assert study.run(["stops.py"], time.monotonic() + 8, held) == 0
-    assert study.run(["hangs.py"], time.monotonic() + 8, held) == -signal.SIGKILL
+    assert study.run(["stops.py"], time.monotonic() + 5, held) == 0
+    assert study.run(["hangs.py"], time.monotonic() + 5, held) == -signal.SIGKILL
     assert study.run(["stops.py"], time.monotonic() + 0.9, held) is None
     assert time.monotonic() - begun < 40
     assert "kept" in capfd.readouterr().out
