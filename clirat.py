@@ -300,6 +300,7 @@ def train_epoch(args, epoch, model, attack, optimizer, x_train, y_train):
         tau = sum(epoch > round(args.epochs * e / 120) for e in (50, 90))
     tau = torch.tensor(tau, device=device)  # an input of the CUDA graph
     batches, examples = shuffled(len(x_train), args.batch_size, device), []
+
     model.train()
     for batch in progress(batches, f"epoch {epoch}/{args.epochs}", args.epochs - epoch + 1):  # l.2
         x, y = augment(x_train[batch]), y_train[batch]  # l.3
@@ -769,7 +770,6 @@ def main(argv=None):
         saved = f"{state['epoch']} epochs are saved: --resume --out {out} goes on"
         if is_lead():
             print(f"\nclirat.py: stopped: {str(error) or 'Ctrl-C'}; {saved}", file=sys.stderr)
-        sys.stdout = None if isinstance(error, BrokenPipeError) else sys.stdout  # no second try
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
     if dist.is_initialized():
         gc.collect()  # DistributedDataParallel holds the group, whose threads can abort the end
