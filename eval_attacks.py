@@ -677,7 +677,7 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0, 2**31), default=0, help="of the attacks' noise (default: 0)")
     add("--amp", action="store_true", help="attack in bfloat16; float32 alone counts successes")
     add("--device", default=cuda, help=f"such as cpu, cuda, cuda:1 (default: {cuda})")
-    add("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    add("--json", type=Path, metavar="FILE.json", help="write the figures there as well")
     args = parser.parse_args(argv)
     on_cuda = 512 if args.amp else 128
     args.batch_size = args.batch_size or (on_cuda if args.device.startswith("cuda") else 64)
