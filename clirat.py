@@ -300,7 +300,6 @@ def train_epoch(args, epoch, model, attack, optimizer, x_train, y_train):
         tau = sum(epoch > round(args.epochs * e / 120) for e in (50, 90))
     tau = torch.tensor(tau, device=device)  # an input of the CUDA graph
     batches, examples = shuffled(len(x_train), args.batch_size, device), []
-
     model.train()
     for batch in progress(batches, f"epoch {epoch}/{args.epochs}", args.epochs - epoch + 1):  # l.2
         x, y = augment(x_train[batch]), y_train[batch]  # l.3
@@ -389,7 +388,7 @@ def train(args, data, net, optimizer, state):
         nat, pgd20 = nat_and_pgd20(args, net, attack_20, x_test, y_test)
         if is_lead():
             where = f"(%, last epoch, all {len(x_test)} test images)"
-            print(f"NAT {100 * nat:.2f}  PGD-20 {100 * pgd20:.2f}  {where}")
+            print(f"NAT {100 * nat:.2f}  PGD-20 {100 * pgd20:.2f}  {where}", flush=True)
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -765,7 +764,8 @@ def main(argv=None):
         if is_lead():
             words = ["python", "eval_attacks.py", out / "last.pt", "--data", args.data]
             words += ["--eps", args.eps] if args.eps != 8 / 255 else []
-            print("Evaluate it:", shlex.join(map(str, [*words, "--n", min(1000, len(data[3]))])))
+            words += ["--n", min(1000, len(data[3]))]
+            print("Evaluate it:", shlex.join(map(str, words)), flush=True)
     except (KeyboardInterrupt, FloatingPointError, OSError) as error:
         saved = f"{state['epoch']} epochs are saved: --resume --out {out} goes on"
         if is_lead():

@@ -711,7 +711,7 @@ def test_in_a_thread(data, tmp_path):
 
 def test_a_closed_pipe(data, tmp_path):
     common = ["--data", str(data), "--device", "cpu"]
-    train = ["clirat.py", "--arch", "wrn-10-1", "--batch-size", "20", "--steps", "1", *common]
+    train = ["clirat.py", "--arch", "wrn-10-1", "--batch-size", "20", "--epochs", "9999", *common]
     attack = ["eval_attacks.py", str(tmp_path / "last.pt"), *common]
     for command, hint in (
         ([*train, "--out", str(tmp_path)], f"epochs are saved: --resume --out {tmp_path} goes on"),
