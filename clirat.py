@@ -326,7 +326,6 @@ def train_epoch(args, epoch, model, attack, optimizer, x_train, y_train):
             weights = weights.masked_fill(dropped, 0)
             if args.weight_norm == "batch":  # mean 1 again; all stay 0 if none is left
                 weights /= gather(weights).mean().clamp(min=1e-30)
-
         if method.loss == "at":
             loss = at_loss(logits_adv, y, weights)
         elif method.loss == "trades":
@@ -770,6 +769,7 @@ def main(argv=None):
         saved = f"{state['epoch']} epochs are saved: --resume --out {out} goes on"
         if is_lead():
             print(f"\nclirat.py: stopped: {str(error) or 'Ctrl-C'}; {saved}", file=sys.stderr)
+        sys.stdout = None if isinstance(error, BrokenPipeError) else sys.stdout  # no second try
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
     if dist.is_initialized():
         gc.collect()  # DistributedDataParallel holds the group, whose threads can abort the end

@@ -773,6 +773,7 @@ def main(argv=None):
     except (KeyboardInterrupt, OSError) as error:
         why = f"{str(error) or 'Ctrl-C'}; the same command goes on from there"
         print(f"\neval_attacks.py: stopped: {why}", file=sys.stderr)
+        sys.stdout = None if isinstance(error, BrokenPipeError) else sys.stdout  # no second try
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -718,7 +718,8 @@ def test_a_closed_pipe(data, tmp_path):
         (attack, "the same command goes on from there"),
     ):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, **pipes)
+        buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=buffered, **pipes)
         process.stdout.readline()
         process.stdout.close()  # as by | head -1
         err = process.stderr.read()
