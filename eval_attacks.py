@@ -16,6 +16,7 @@ through the model, a backward counted as a forward. ValueError or TypeError on i
 
 import argparse
 import contextlib
+import csv
 import datetime
 import hashlib
 import io
@@ -363,7 +364,7 @@ def last_pgd(
     """
     x, y, index, _ = checked(model, x, y, eps, index)
     start = x + eps * (2 * noise(x.shape[1:], index, seed).to(x) - 1) if noisy else x
-    options, found = {"eps": eps, "step_size": step_size or eps, "loss": loss}, []
+    options, found = {"eps": eps, "step_size": step_size, "loss": loss}, []
     for x_, y_, now in zip(*(t.split(batch_size) for t in (x, y, start)), strict=True):
         for part in [5] * (steps // 5) + [steps % 5]:  # the same iterates, with a tick between
             now = pgd(model, x_, y_, init=now, steps=part, **options)
@@ -404,7 +405,7 @@ def autoattack(model, x, y, *, eps, seed=0, index=None, batch_size=64, judge=Non
 
 ATTACKS = {
     "nat": lambda model, x, y, **_: x.detach(),
-    "fgsm": partial(last_pgd, steps=1, step_size=None, noisy=False),  # Eq. 1: one step of eps
+    "fgsm": partial(last_pgd, steps=1, step_size=1, noisy=False),  # Eq. 1: one step, cut to eps
     "pgd20": last_pgd,
     "pgd100": partial(last_pgd, steps=100),
     "cw": partial(last_pgd, loss="cw"),  # PGD on CW's margin, as in MAIL's evaluation
@@ -484,7 +485,7 @@ def evaluate(
     for name in plan:
         verdicts.setdefault(name, torch.full((len(x),), NOT_ASKED, dtype=torch.int8))
 
-    def spare():  # what one of AutoAttack's attacks fooled, the later ones leave alone
+    def spare():  # what one of AutoAttack's stages fooled, the later ones leave alone
         fooled = torch.zeros(len(x), dtype=torch.bool)
         for name in ("nat", *(name for name in STAGES if name in plan)):
             verdicts[name][fooled] = FOOLED_BEFORE
@@ -566,30 +567,6 @@ def masking(figures):
 
 # ---- Output --------------------------------------------------------------------------------------
 
-PAPER = {  # Tables 1 and 2: accuracy (%), mean ± std; on how many images and seeds is not stated
-    "resnet18": """
-    at 85.64 ± 0.25, 52.08 ± 0.25, 49.33 ± 0.19, 51.94 ± 0.20, 48.53 ± 0.19, 46.87 ± 0.62
-    trades 84.37 ± 0.13, 54.36 ± 0.20, 52.68 ± 0.28, 51.96 ± 0.61, 52.07 ± 0.59, 48.73 ± 0.49
-    mart 82.24 ± 0.29, 55.40 ± 0.30, 53.36 ± 0.50, 51.35 ± 0.44, 53.07 ± 1.01, 47.50 ± 0.46
-    mail-at 83.74 ± 0.43, 58.56 ± 0.25, 57.63 ± 0.20, 50.72 ± 0.22, 55.70 ± 0.43, 46.47 ± 0.46
-    mail-trades 82.35 ± 0.20, 55.05 ± 0.11, 53.71 ± 0.11, 52.08 ± 0.15, 53.27 ± 0.52, 49.43 ± 0.65
-    mail-mart 83.45 ± 0.26, 55.10 ± 0.29, 53.08 ± 0.34, 51.06 ± 0.13, 52.43 ± 1.47, 46.47 ± 0.90
-    clirat 83.60 ± 0.26, 60.31 ± 0.16, 59.33 ± 0.17, 50.66 ± 0.20, 58.83 ± 1.02, 45.50 ± 0.90
-    clir-trades 82.08 ± 0.17, 55.08 ± 0.27, 53.87 ± 0.34, 52.10 ± 0.17, 53.77 ± 0.66, 49.17 ± 0.50
-    clir-mart 83.45 ± 0.11, 55.30 ± 0.53, 53.45 ± 0.37, 51.15 ± 0.26, 52.13 ± 1.10, 46.50 ± 0.70""",
-    "wrn-32-10": """
-    at 87.86 ± 0.01, 52.07 ± 0.07, 49.10 ± 0.10, 52.76 ± 0.20, 48.35 ± 0.75, 47.75 ± 0.65
-    trades 87.06 ± 0.31, 55.25 ± 0.04, 52.63 ± 0.06, 54.97 ± 0.03, 52.75 ± 0.55, 51.25 ± 0.05
-    mart 85.67 ± 0.15, 56.47 ± 0.12, 53.43 ± 0.14, 51.92 ± 0.16, 54.10 ± 0.60, 50.55 ± 0.65
-    mail-at 86.22 ± 0.12, 61.38 ± 0.17, 60.47 ± 0.11, 54.14 ± 0.05, 60.40 ± 0.01, 50.20 ± 0.50
-    mail-trades 85.91 ± 0.10, 56.39 ± 0.14, 54.61 ± 0.35, 55.01 ± 0.10, 52.95 ± 0.65, 51.00 ± 0.50
-    mail-mart 85.91 ± 0.10, 56.39 ± 0.14, 53.88 ± 0.01, 53.39 ± 0.11, 53.65 ± 0.55, 49.45 ± 1.05
-    clirat 86.36 ± 0.14, 63.67 ± 0.11, 62.00 ± 0.01, 54.03 ± 0.12, 62.45 ± 0.55, 50.04 ± 0.10
-    clir-trades 85.47 ± 0.10, 56.39 ± 0.09, 54.53 ± 0.11, 54.86 ± 0.15, 53.50 ± 0.70, 51.35 ± 0.15
-    clir-mart 85.97 ± 0.32, 56.02 ± 0.06, 53.24 ± 0.32, 53.25 ± 0.08, 52.90 ± 0.01, 48.30 ± 0.80""",
-}
-PAPER["wrn-34-10"] = PAPER["wrn-32-10"]  # the same network, counted differently
-
 
 def wilson(k, n, z=1.96):
     """95% interval of a proportion k / n (Wilson 1927), as (low, high) in [0, 1]."""
@@ -609,15 +586,14 @@ def summarise(verdicts, attacks):
 
 
 def paper_row(settings, attacks):
-    """The paper's cells for what `settings` of a verdict file say, or None if it has none."""
-    training = settings["training"]
-    if settings["dataset"] != "CIFAR-10" or abs(settings["eps"] - 8 / 255) > 1e-9:
-        return None
-    for line in PAPER.get(training.get("arch"), "").strip().splitlines():
-        method, cells = line.split(maxsplit=1)
-        if method == training.get("method"):
-            values = dict(zip(PAPER_COLUMNS, cells.split(", "), strict=True))
-            return [values.get(name, "") for name in attacks]
+    """The paper's cells (Tables 1, 2) for `settings` of a verdict file, None where it has none."""
+    training, file = settings["training"], Path(__file__).with_name(".figures") / "paper.csv"
+    arch = str(training.get("arch")).replace("wrn-34-10", "wrn-32-10")  # the same network
+    usual = settings["dataset"] == "CIFAR-10" and abs(settings["eps"] - 8 / 255) < 1e-9
+    if usual and file.exists():
+        for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()):
+            if (row["arch"], row["method"]) == (arch, training.get("method")):
+                return [row.get(name, "") for name in attacks]
 
 
 # ---- Verdict files -------------------------------------------------------------------------------
@@ -655,7 +631,7 @@ def keep(path, settings, verdicts):
             verdicts[name] = both[0].maximum(both[-1])  # whatever was asked is above NOT_ASKED
         buffer = io.BytesIO()
         arrays = {name: verdict.numpy() for name, verdict in verdicts.items()}
-        np.savez_compressed(buffer, settings=np.array(json.dumps(settings)), **arrays)
+        np.savez_compressed(buffer, settings=json.dumps(settings), **arrays)
         clirat.write(path, buffer.getbuffer())
 
 

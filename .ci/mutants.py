@@ -596,12 +596,16 @@ CW with cross-entropy | eval_attacks.py | by_name
 +"cw": partial(last_pgd, loss="ce")
 
 FGSM of half a step | eval_attacks.py | by_name
--step_size or eps
-+step_size or eps / 2
+-steps=1, step_size=1
++steps=1, step_size=0.01
 
 FGSM from a random start | eval_attacks.py | by_name
--step_size=None, noisy=False)
-+step_size=None, noisy=True)
+-step_size=1, noisy=False)
++step_size=1, noisy=True)
+
+The paper's rows under another network's | eval_attacks.py | papers_rows
+-replace("wrn-34-10", "wrn-32-10")
++replace("wrn-34-10", "resnet18")
 
 AutoAttack without Square | eval_attacks.py | verdicts or attack
 -"fab-t": fab_t, "square": square}
