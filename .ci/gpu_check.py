@@ -31,20 +31,11 @@ import speed  # beside this file; it makes clirat importable
 import torch
 
 import clirat
-import models
 
 ROOT = Path(clirat.__file__).parent
 TOY = ["--data", "toy", "--arch", "wrn-10-1", "--steps", "2"]
 # milliseconds of a step on an H100, batches of 128: a tenth above those first measured
 MOST = {"resnet18 float32": 35, "resnet18 amp": 21.5, "resnet18 amp_compile": 19}
-
-
-def settings(tf32=True, deterministic=False):
-    """Those of clirat.py, or others."""
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.deterministic = deterministic
-    torch.backends.cudnn.benchmark = not deterministic
 
 
 def judge(good, bad="off"):
@@ -67,12 +58,11 @@ def load(options, n_train, n_test=500):
 def trained(options, command, data, which):
     """One epoch past the burn-in with the attack recorded, plain, or both.
 
-    Returns the row of the log, the state of the network, and for "both" the mean share of pixels
-    in which the two attacks differ; training goes on with the recorded one.
+    Returns what `speed.outcome` does, and for "both" the mean share of pixels in which the two
+    attacks differ; training goes on with the recorded one.
     """
     args, net, optimizer, recorded, x, y = speed.prepare(command.split(), data, options.device)
-    with mock.patch.object(models, "graphed", lambda function, device: function):
-        plain = speed.attack_of(args, net, compiled=False)
+    plain = speed.plain_attack_of(args, net)
     differ = [torch.zeros((), dtype=torch.float64, device=x.device)]
 
     def both(*inputs):
@@ -81,15 +71,13 @@ def trained(options, command, data, which):
         return x_adv, kappa
 
     attack = {"recorded": recorded, "plain": plain, "both": both}[which]
-    torch.manual_seed(0)
-    row = clirat.train_epoch(args, args.burn_in + 1, net, attack, optimizer, x, y)
-    state = torch.cat([t.double().flatten() for t in net.state_dict().values()])
-    return row, state, sum(differ).item() / max(len(differ) - 1, 1)
+    found = speed.outcome(args, net, optimizer, attack, x, y)
+    return found, sum(differ).item() / max(len(differ) - 1, 1)
 
 
 def graph(options):
     """20 steps with the graph and without, from one seed."""
-    settings(tf32=False, deterministic=True)
+    speed.settings(tf32=False, deterministic=True)
     size, steps = (8, 3) if options.device == "cpu" else (64, 20)
     data = load(options, steps * size - size // 2 + 1, 50)  # the last batch is smaller
     precisions = ("", "--amp")
@@ -99,11 +87,9 @@ def graph(options):
         cases += [("clirat", "wrn-10-1 --steps 5", "--amp --compile")]
     for method, arch, precision in cases:
         command = f"--method {method} --arch {arch} --batch-size {size} --lr 0.01 {precision}"
-        ours, state, pixels = trained(options, command, data, "both")
-        theirs, plain, _ = trained(options, command, data, "plain")
-        apart = {name: abs(ours[name] - theirs[name]) for name in ours}
-        loss, weight = apart["loss"], max(v for k, v in apart.items() if k.startswith("weight"))
-        distance = ((state - plain).norm() / plain.norm()).item()
+        ours, pixels = trained(options, command, data, "both")
+        plain, _ = trained(options, command, data, "plain")
+        loss, weight, distance = speed.apart(ours, plain)
         # Another order of summation turns signs of the gradient: in float32 for 2% of the pixels
         # (KL: 20%), in bfloat16 for 30% (KL: 60%). Weights that are a step old turn 65%.
         if precision:
@@ -120,7 +106,7 @@ WARM = {}  # functions that train, by column: `profile` goes on with the last
 
 
 def timing(options, arch, columns, rounds, block):
-    settings()
+    speed.settings()
     WARM.clear()
     case = (arch, 128, columns, rounds, block)
     if options.device == "cpu":
@@ -172,7 +158,7 @@ def no_wait(options):
     if options.device == "cpu":
         yield "", "needs CUDA", ""
         return
-    settings()
+    speed.settings()
     data = load(options, 160, 50)
     commands = ["clirat", "clirat --amp", "clir-trades", "mail-mart --exclude multi", "gairat"]
     for command in [*commands, "fat", "clir-mart --exclude single --weight-norm mail"]:
@@ -242,10 +228,10 @@ def fingerprints(options):
     size, arch = (8, "wrn-10-1") if options.device == "cpu" else (128, "resnet18")
     data, hashes = load(options, 5 * size, 50), []
     for deterministic in (False, True):
-        settings(deterministic=deterministic)
+        speed.settings(deterministic=deterministic)
         for precision in ("", "--amp"):
             command = f"--arch {arch} --batch-size {size} {precision}"
-            _, state, _ = trained(options, command, data, "recorded")
+            (_, state), _ = trained(options, command, data, "recorded")
             hashes.append(hashlib.sha256(state.cpu().numpy().tobytes()).hexdigest())
     return hashes
 
@@ -259,7 +245,7 @@ def deterministic(options):
     if options.device == "cpu":
         case = ("wrn-10-1", 8, ["float32", "amp"], 1, 1)
     for name in ("benchmark", "deterministic"):
-        settings(deterministic=name == "deterministic")
+        speed.settings(deterministic=name == "deterministic")
         figures, _ = speed.measure("clirat", *case, options.device)
         for column in case[2]:
             found = f"{figures[f'{column}_ms']:.1f} ms, two processes equal: {next(equal)}"
@@ -306,7 +292,7 @@ def autoattack(options):
     """AutoAttack as the command runs it, and pyautoattack in turn where it is installed."""
     import eval_attacks
 
-    settings()
+    speed.settings()
     cpu = options.device == "cpu"
     n_train, n_test, n, size, epochs = (400, 8, 4, 16, 1) if cpu else (10_000, 512, 128, 128, 5)
     arch, data = "wrn-10-1" if cpu else "resnet18", load(options, n_train, n_test)
@@ -314,13 +300,13 @@ def autoattack(options):
     args, net, optimizer, attack, x, y = speed.prepare(words, data, options.device)
     for epoch in range(1, epochs + 1):
         clirat.train_epoch(args, epoch, net, attack, optimizer, x, y)
-    settings(tf32=False)
+    speed.settings(tf32=False)
     x, y = data[2].to(options.device), data[3].to(options.device)
     net.eval().to(memory_format=torch.channels_last if cpu else torch.contiguous_format)
 
-    def ours(n):
+    def ours(n, **precision):
         begun, case = time.perf_counter(), (net, x[:n], y[:n], ["aa"])
-        verdicts = eval_attacks.evaluate(*case, eps=8 / 255, batch_size=128)
+        verdicts = eval_attacks.evaluate(*case, eps=8 / 255, **({"batch_size": 128} | precision))
         robust = eval_attacks.robust_in(verdicts, "aa").tolist()
         return robust, time.perf_counter() - begun
 
@@ -342,6 +328,10 @@ def autoattack(options):
     robust, spent = ours(len(x))
     state = "" if cpu else judge(spent <= 60, "slow")
     yield f"{len(x)} images", f"{spent:.1f} s, {sum(robust)} robust", state
+    in_half, spent = ours(len(x), amp=True, batch_size=512)  # as the command has it
+    near = abs(sum(in_half) - sum(robust)) <= 1
+    state = judge(near and (cpu or spent <= 30), "slow" if near else "off")
+    yield f"{len(x)} images, --amp", f"{spent:.1f} s, {sum(in_half)} robust", state
 
 
 def tests(options):
@@ -372,12 +362,12 @@ PARTS = {  # name: (function, limit in seconds)
 }
 
 
-def work(connection, names, options):
+def work(connection, parts, options):
     """Send the parts' rows; after a part None, or "broken", and then this process ends."""
     os.setpgrp()  # so that it can be ended with all that it started
-    for name in names:
+    for function, _ in parts.values():
         try:
-            for row in PARTS[name][0](options):
+            for row in function(options):
                 connection.send(row)
         except (Exception, SystemExit) as error:
             text = " ".join(str(error).split("\n")[:1])
@@ -387,23 +377,27 @@ def work(connection, names, options):
         connection.send(None)
 
 
-def rows_of(names, options):
-    """Yield (part, name, finding, state) of the parts, within --seconds."""
-    context, left = multiprocessing.get_context("spawn"), list(names)
+def rows_of(parts, options):
+    """Yield (part, name, finding, state) of these parts, within --seconds.
+
+    parts: {name: (function of options that yields (name, finding, state), limit in seconds)}.
+    """
+    context, left = multiprocessing.get_context("spawn"), list(parts)
     end = time.monotonic() + options.seconds
     while left and time.monotonic() < end:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(theirs, left, options))
+        rest = {name: parts[name] for name in left}
+        process = context.Process(target=work, args=(theirs, rest, options))
         process.start()
         theirs.close()
         message = None
         while left and message != "broken":
             if message is None:  # a part begins
-                until = time.monotonic() + PARTS[left[0]][1]
+                until = time.monotonic() + parts[left[0]][1]
             if not ours.poll(max(0, min(end, until) - time.monotonic())):
                 if time.monotonic() >= end:
                     break
-                yield left[0], "", f"no end after {PARTS[left[0]][1]} s", "off"
+                yield left[0], "", f"no end after {parts[left[0]][1]} s", "off"
                 message = "broken"
             else:
                 try:
@@ -420,7 +414,7 @@ def rows_of(names, options):
         process.kill()
         process.join()
     for name in left:
-        yield name, "", f"not through: {options.seconds:g} s are over, see --parts", ""
+        yield name, "", f"not through: {options.seconds:g} s are over", ""
 
 
 def main(argv=None):
@@ -435,7 +429,7 @@ def main(argv=None):
         print("no GPU here, nothing checked; --device cpu tries the script itself")
         return
     rows, begun = [], time.monotonic()
-    for row in rows_of(options.parts, options):
+    for row in rows_of({name: PARTS[name] for name in options.parts}, options):
         rows.append(row)
         print(f"{time.monotonic() - begun:4.0f} s  {' | '.join(row)}", flush=True)
     name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"

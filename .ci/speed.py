@@ -20,6 +20,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clirat
 import models
 
+# the precisions of a step, as options of clirat.py
 OPTIONS = {"plain": "", "float32": "", "amp": "--amp", "amp_compile": "--amp --compile"}
+
+
+def settings(tf32=True, deterministic=False):
+    """Those of clirat.py, or others."""
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
 
 
 def plain_epoch(args, net, optimizer, x_train, y_train):
@@ -64,12 +74,17 @@ def plain_epoch(args, net, optimizer, x_train, y_train):
         optimizer.step()
 
 
-def attack_of(args, net, compiled=None):
+def attack_of(args, net):
     """The attack of `clirat.train`."""
     options = {"eps": args.eps, "step_size": args.step_size, "steps": args.steps}
     options["loss"] = "kl" if clirat.METHODS[args.method].loss == "trades" else "ce"
-    compiled = args.compile if compiled is None else compiled
-    return clirat.fast_pgd(net, torch.bfloat16 if args.amp else None, compiled, **options)
+    return clirat.fast_pgd(net, torch.bfloat16 if args.amp else None, args.compile, **options)
+
+
+def plain_attack_of(args, net):
+    """The same attack, neither compiled nor recorded."""
+    with mock.patch.object(models, "graphed", lambda function, device: function):
+        return attack_of(argparse.Namespace(**vars(args) | {"compile": False}), net)
 
 
 def prepare(options, data, device):
@@ -79,17 +94,36 @@ def prepare(options, data, device):
     return args, net, optimizer, attack_of(args, net), x, y
 
 
+def images(n):
+    """n random images of CIFAR-10's size and labels, in the form of `clirat.load_data`."""
+    x, y = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8), torch.arange(n) % 10
+    return x, y, x, y
+
+
 def training(column, method, arch, batch_size, block, device):
     """A function that trains for `block` steps past the burn-in."""
-    x = torch.randint(256, (block * batch_size, 3, 32, 32), dtype=torch.uint8)
-    y = torch.arange(len(x)) % 10
     options = ["--method", method, "--arch", arch, "--batch-size", str(batch_size)]
-    options += OPTIONS[column].split()
-    args, net, optimizer, attack, x, y = prepare(options, (x, y, x, y), device)
+    data = images(block * batch_size)
+    args, net, optimizer, attack, x, y = prepare([*options, *OPTIONS[column].split()], data, device)
     if column == "plain":
         net.to(memory_format=torch.contiguous_format)
         return partial(plain_epoch, args, net, optimizer, x, y)
     return partial(clirat.train_epoch, args, args.burn_in + 1, net, attack, optimizer, x, y)
+
+
+def outcome(args, net, optimizer, attack, x, y):
+    """(the log's row, the network as one vector) of an epoch past the burn-in, from one seed."""
+    torch.manual_seed(0)
+    row = clirat.train_epoch(args, args.burn_in + 1, net, attack, optimizer, x, y)
+    return row, torch.cat([t.double().flatten() for t in net.state_dict().values()])
+
+
+def apart(ours, theirs):
+    """How far two of `outcome` are from each other: in the loss, the weights, the parameters."""
+    (row, state), (other, plain) = ours, theirs
+    gaps = {name: abs(row[name] - other[name]) for name in row}
+    weights = max(gap for name, gap in gaps.items() if name.startswith("weight"))
+    return gaps["loss"], weights, ((state - plain).norm() / plain.norm()).item()
 
 
 def seconds(run, device):
@@ -101,30 +135,45 @@ def seconds(run, device):
     return time.perf_counter() - begun
 
 
+def in_turn(work, rounds, device):
+    """{name: median seconds of a call} of functions {name: function}, called in turn."""
+    times = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, run in work.items():
+            times[name].append(seconds(run, device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def with_peak(run, device):
+    """(what run() returns, GB of device memory that it took: 0 on a CPU)."""
+    if device == "cpu":
+        return run(), 0.0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    return run(), (torch.cuda.max_memory_reserved() - before) / 2**30
+
+
 def measure(method, arch, batch_size, columns, rounds, block, device):
     """(the figures of a method, the columns' functions, each of `block` steps)."""
     work, figures = {}, {"method": method, "arch": arch, "batch_size": batch_size}
+
+    def warmed(column):  # recording, compilation, cuDNN's choices
+        run = training(column, method, arch, batch_size, block, device)
+        run()
+        return run
+
     for column in columns:
+        work[column], peak = with_peak(partial(warmed, column), device)
         if device != "cpu":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_reserved()
-        work[column] = training(column, method, arch, batch_size, block, device)
-        work[column]()  # recording, compilation, cuDNN's choices
-        if device != "cpu":
-            peak = torch.cuda.max_memory_reserved() - before
-            figures[f"{column}_peak_gb"] = round(peak / 2**30, 2)
-    side, products = (2048, 1) if device == "cpu" else (8192, 10)
+            figures[f"{column}_peak_gb"] = round(peak, 2)
+    side, products = (512, 1) if device == "cpu" else (8192, 10)  # a bfloat16 CPU can be slow
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(side, side, device=device).to(dtype)
         work[dtype] = lambda a=a: [a @ a for _ in range(products)]
         work[dtype]()
 
-    times = {name: [] for name in work}
-    for _ in range(rounds):
-        for name, run in work.items():
-            times[name].append(seconds(run, device))
-    median = {name: statistics.median(values) for name, values in times.items()}
+    median = in_turn(work, rounds, device)
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         models.build(arch)(torch.empty(batch_size, 3, 32, 32))
     # in forwards: PGD-10 is 20, and a backward for x and the weights 2
@@ -155,8 +204,7 @@ def main(argv=None):
     parser.add_argument("--compile", action="store_true", help="amp_compile too; on CUDA always")
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"
-    torch.set_float32_matmul_precision("high")  # as clirat.py does
-    torch.backends.cudnn.benchmark = True
+    settings()
     columns = [c for c in OPTIONS if c != "amp_compile" or args.compile or cuda]
     block = args.block or (20 if cuda else 1)
     for method in args.methods:
