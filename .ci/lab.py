@@ -247,10 +247,9 @@ def laid_over(name):
 
 def set_up(name, options):
     """(outcome of STEPS steps, {part: function of STEPS steps}, function: pixels apart)."""
-    cpu = options.device == "cpu"
-    arch, size, steps = ("wrn-10-1", 8, 2) if cpu else (options.arch, 128, 10)
-    command = f"--method clirat --arch {arch} --batch-size {size} --steps {steps} --lr 0.01"
-    words = f"{command} {speed.OPTIONS[options.precision]}".split()
+    size, steps = (8, 2) if options.device == "cpu" else (128, 10)
+    command = f"--method clirat --arch {options.arch} --batch-size {size} --steps {steps}"
+    words = f"{command} --lr 0.01 {speed.OPTIONS[options.precision]}".split()
     torch.manual_seed(0)
     data = speed.images(STEPS * size)
     with laid_over(name):
@@ -313,10 +312,14 @@ def main(argv=None):
     add("--seconds", type=float, default=480)
     add("--device", choices=["cuda", "cpu"], default=device)
     options = parser.parse_args(argv)
-    options.precision = options.precision or ("amp_compile" if device == "cuda" else "float32")
+    cpu = options.device == "cpu"
+    options.arch = "wrn-10-1" if cpu else options.arch
+    options.precision = options.precision or ("float32" if cpu else "amp_compile")
     if unknown := {part for name in options.variants for part in name.split("+")} - {*VARIANTS}:
         parser.error(f"no variant {min(unknown)!r}: there are {', '.join(VARIANTS)}")
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu, a small network"
+    if not cpu and not torch.cuda.is_available():
+        parser.error("no GPU here; --device cpu tries the script itself")
+    name = "cpu, small sizes" if cpu else torch.cuda.get_device_name()
     print(f"{name}, {options.arch}, {options.precision}, torch {torch.__version__}\n")
     titles = "variant | set up, s | attack, ms | training, ms | step, ms | of present | GB"
     print(f"| {titles} | loss | parameters | pixels | |\n|{'---|' * 11}", flush=True)
