@@ -1,9 +1,9 @@
 """Kill a run twenty times, resume it each time, and hold it against a run that was never stopped.
 
-    python .ci/kill_test.py [DATA]
+    python .ci/kill_test.py [DATA [KILLS]]
 
-Ten kills come at arbitrary moments, ten while a file is being written. Then SIGINT, a full disk,
-and an evaluation that is killed. On the CPU, where a resumed run is equal bit for bit.
+Half of the kills come at arbitrary moments, half while a file is being written. Then SIGINT, a full
+disk, and an evaluation that is killed. On the CPU, where a resumed run is equal bit for bit.
 """
 
 import random
@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from test_clpm import same  # noqa: E402
 
 DATA = sys.argv[1] if len(sys.argv) > 1 else "toy"
+KILLS = int(sys.argv[2]) if len(sys.argv) > 2 else 20
 OPTIONS = "--arch wrn-10-1 --train-size 256 --batch-size 64 --epochs 30 --steps 2 --eval-size 64"
 
 
@@ -39,7 +40,7 @@ def start(out, *options, file_limit=resource.RLIM_INFINITY):
 
 def start_evaluation(checkpoint, batch_size):
     command = [sys.executable, str(ROOT / "eval_attacks.py"), str(checkpoint), "--data", DATA]
-    command += ["--n", "8", "--eps", "2/255", "--device", "cpu"]
+    command += ["--n", "4", "--eps", "2/255", "--device", "cpu"]
     command += ["--batch-size", str(batch_size)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -82,7 +83,7 @@ def main():
         finish(process)
         epoch = (time.monotonic() - begun - loaded) / 30
 
-        for kill in range(20):
+        for kill in range(KILLS):
             stale, process = {*killed.glob("*.tmp")}, resume(killed)
             if kill % 2:
                 time.sleep(rng.uniform(0.8 * loaded, loaded + 3 * epoch))
@@ -100,7 +101,7 @@ def main():
             a, b = (torch.load(out / name, weights_only=True) for out in (straight, killed))
             assert same(a, b), name
         assert rows(straight) == rows(killed)
-        print("20 kills: every file equals that of the run that was never stopped")
+        print(f"{KILLS} kills: every file equals that of the run that was never stopped")
 
         out = Path(folder, "interrupted")
         process = start(out)
@@ -119,7 +120,7 @@ def main():
         print("a full disk: one line, and the last checkpoint is whole")
 
         straight.joinpath("copy.pt").write_bytes((straight / "last.pt").read_bytes())
-        process = start_evaluation(straight / "copy.pt", 4)
+        process = start_evaluation(straight / "copy.pt", 2)
 
         def after_apgd_t():
             found = [np.load(file)["apgd-t"] for file in straight.glob("copy.pt.*.npz")]
@@ -129,7 +130,7 @@ def main():
         process.kill()
         assert process.wait() == -signal.SIGKILL, "the evaluation was over before the kill"
         process.communicate()
-        again = ("copy.pt", 8), ("last.pt", 3)  # another batch size changes nothing
+        again = ("copy.pt", 4), ("last.pt", 3)  # another batch size changes nothing
         tables = [start_evaluation(straight / name, n).communicate() for name, n in again]
         assert not any("error" in err for _, err in tables), tables
         figures = [table.splitlines()[4].split("|")[2:] for table, _ in tables]
