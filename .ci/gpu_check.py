@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -370,6 +371,7 @@ def work(connection, parts, options):
             for row in function(options):
                 connection.send(row)
         except (Exception, SystemExit) as error:
+            traceback.print_exc()
             text = " ".join(str(error).split("\n")[:1])
             connection.send((type(error).__name__, text, "off"))
             connection.send("broken")

@@ -13,6 +13,7 @@ step. One JSON line a method. A column is plain, float32, amp or amp_compile, an
 """
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -148,6 +149,7 @@ def with_peak(run, device):
     """(what run() returns, GB of device memory that it took: 0 on a CPU)."""
     if device == "cpu":
         return run(), 0.0
+    gc.collect()  # what is left of others holds graphs
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_reserved()
