@@ -503,7 +503,14 @@ def evaluate(
             line = f"\r{where}, {left if done else 'estimating'}\033[K"
             print(line, end="", file=sys.stderr, flush=True)
 
+    def share(name):  # each process then has the verdicts of all, and they divide the same images
+        if world > 1:
+            merged = verdicts[name].to(x.device)
+            dist.all_reduce(merged, dist.ReduceOp.MAX)
+            verdicts[name] = merged.cpu()
+
     for name in plan:
+        share(name)  # one can have read what another evaluation wrote meanwhile
         spare()
         todo = (verdicts[name] == NOT_ASKED).nonzero().squeeze(1)[rank::world]
         chunk = batch_size if x.device.type == "cpu" else 4 * batch_size  # recorded for each anew
@@ -525,9 +532,7 @@ def evaluate(
             if save and world == 1:
                 save(verdicts)
         if world > 1:
-            merged = verdicts[name].to(x.device)
-            dist.all_reduce(merged, dist.ReduceOp.MAX)
-            verdicts[name] = merged.cpu()
+            share(name)
             spare()
             if save and rank == 0:
                 save(verdicts)

@@ -815,6 +815,10 @@ numpy's scalars under one name | models.py | checkpoints
 -for core in "numpy.core.multiarray", "numpy._core.multiarray":
 +for core in ["numpy._core.multiarray"]:
 
+processes divide different images | eval_attacks.py | two_processes
+-        share(name)  # one can
++        # one can
+
 the paper's row for any data | eval_attacks.py | papers_rows
 -settings["dataset"] == "CIFAR-10" and
 +
