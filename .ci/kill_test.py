@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from test_clpm import same  # noqa: E402
+from conftest import same  # noqa: E402
 
 DATA = sys.argv[1] if len(sys.argv) > 1 else "toy"
 KILLS = int(sys.argv[2]) if len(sys.argv) > 2 else 20

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 TIMEOUT = 600  # seconds of one pytest run; an edit that makes it hang is noticed, too
-TESTS = "test_clpm.py", ".ci/test_programs.py", ".ci/test_study.py"
+TESTS = "test_clpm.py", ".ci/test_attacks.py", ".ci/test_programs.py", ".ci/test_study.py"
 
 # name | file | pytest -k expression of the tests that should notice
 # -text to find, exactly once in the file

@@ -22,11 +22,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / ".figures")]
-import table
-
 import clirat
 import eval_attacks
 import models
+import table
 from clirat import METHODS, number
 
 FOR_TRAINING = 0.85  # of --seconds; the rest is for evaluation

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import fcntl
 import gc
-import io
 import json
 import math
 import os
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import threading
 import types
-import warnings
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -23,62 +21,169 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 import clirat
 import eval_attacks
 import models
 from clirat import pgd
-from test_clpm import (
-    ATTACKS,
-    RunsCode,
-    X,
-    Y,
-    data,
-    desk,
-    load,
-    refused,
-    run,
-    same,
-    same_run,
-    small_images,
-    small_network,
-    straight,
-)
+from conftest import load, run, same, same_run, small_images, small_network
 
 ROOT = Path(clirat.__file__).parent
-MORE = [
-    (clirat, "--method magic", "magic"),
-    (clirat, "--arch wrn-11-1", "wrn-11-1"),
-    (clirat, "--eps 2", "--eps"),
-    (clirat, "--lr nan", "finite"),
-    (clirat, "--eps 8/0", "--eps"),
-    (clirat, "--data truncated.npz", "truncated.npz"),
-    (clirat, "--data test.npz", "x_train"),
-    (clirat, "--data grey_images.npz", "(50, 8, 8, 1)"),
-    (clirat, "--data negative_labels.npz", "-1"),
-    (clirat, "--data unknown_labels.npz", "0..5"),
-    (clirat, "--init nowhere.pt", "nowhere.pt"),
-    (clirat, "--init run/burnin.pt --method fat", "want fat"),
-    (clirat, "--init run/burnin.pt --seed 2", "want at, wrn-10-1, seed 2"),
-    (clirat, "--init run/burnin.pt --burn-in 0", "no epoch after 0"),
-    (clirat, "--init run/burnin.pt --epochs 1", "no epoch after 0"),
-    (clirat, "--out nothing --resume", "no run to resume"),
-    (clirat, "--out small.npz", "small.npz"),
-    (eval_attacks, "nowhere.pt", "nowhere.pt"),
-    (eval_attacks, "weights.pt --arch resnet18", "layer1.0.conv1.weight"),
-    (eval_attacks, "weights.pt --attacks nat magic", "magic"),
-    (eval_attacks, "weights.pt --n 31", "31"),
-    (eval_attacks, "weights.pt --eps -1", "--eps"),
-    (eval_attacks, "weights.pt --arch bogus", "unknown architecture 'bogus'"),
-    (eval_attacks, "weights.pt --json weights.pt", "no .json"),
-]
 
 
-@pytest.mark.parametrize(("program", "words", "message"), MORE)
-def test_more_bad_input(program, words, message, desk, capsys, monkeypatch):
-    monkeypatch.chdir(desk)
-    refused(program, words, message, desk, capsys)
+# ---- Networks and checkpoints --------------------------------------------------------------------
+
+
+def test_resnet18_is_torchvisions():
+    net, peer = models.build("resnet18"), torchvision.models.resnet18(num_classes=10)
+    peer.conv1, peer.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    state, x = net.state_dict(), torch.rand(2, 3, 16, 16)
+    names = [k.replace("shortcut", "downsample").replace("linear", "fc") for k in state]
+    peer.load_state_dict(dict(zip(names, state.values(), strict=True)))
+    torch.testing.assert_close(net(x), peer(x))
+
+
+def test_wrn_by_hand():
+    net, x = models.build("wrn-16-2"), torch.rand(2, 3, 16, 16)
+    out = net.conv1(x)
+    for stage in net.block1, net.block2, net.block3:
+        for block in stage.layer:
+            a = F.relu(block.bn1(out))
+            shortcut = block.convShortcut(a) if block.convShortcut else out
+            out = block.conv2(F.relu(block.bn2(block.conv1(a)))) + shortcut
+    assert out.shape == (2, 128, 4, 4)
+    torch.testing.assert_close(net(x), net.fc(F.relu(net.bn1(out)).mean((2, 3))))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "wrn-10-2"])
+def test_folding_changes_nothing(arch):
+    net, x = models.build(arch).double(), torch.rand(4, 3, 16, 16, dtype=torch.float64)
+    folded = models.Folded(net)
+    places = [p.data_ptr() for p in folded.parameters()]
+    for _ in range(2):
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                stats = module.weight, module.bias, module.running_mean, module.running_var
+                for t in stats:
+                    nn.init.uniform_(t, 0.5, 1.5)
+        folded.refresh(net)
+        assert net.training
+        torch.testing.assert_close(folded(x), net.eval()(x))
+        net.train()
+    assert places == [p.data_ptr() for p in folded.parameters()]
+    assert not any(p.requires_grad for p in folded.parameters())
+    kinds = [type(module) for module in folded.modules()]
+    assert kinds.count(nn.BatchNorm2d) == 0
+    assert kinds.count(models.Affine) == (0 if arch == "resnet18" else 4)  # that follow a sum
+    x = x[:, :, :5]
+    torch.testing.assert_close(models.pooled(x), F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "wrn-10-2", "wrn-16-1"])
+def test_other_peoples_checkpoints(name, tmp_path):
+    net, path = models.build(name, 5), tmp_path / "theirs.pt"
+    state, x = net.state_dict(), torch.rand(2, 3, 16, 16)
+    expected = net.eval()(x)
+    beside = {"epoch": 3, "best": np.float64(0.5), "path": Path("a/b"), "arch": "ResNet18"}
+    beside |= {"rng": np.random.get_state()}
+    beside |= {"optimizer": {"state": {}}, "args": argparse.Namespace(lr=0.1, out=Path("x"))}
+    files = [{key: state} | beside for key in ("net", "model", "state_dict", "weights")]
+    prefixes = (
+        "1.",
+        "module.",
+        "model.",
+        "_orig_mod.",
+        "module.module.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+    )
+    files += [{prefix + key: value for key, value in state.items()} for prefix in prefixes]
+    files += [state | {"sub_block1.layer.0.bn1.weight": torch.ones(1)}]
+    files += [{key: v for key, v in state.items() if "num_batches" not in key}]
+    files += [{"net": state, "args": None}, {"net": state, "args": [1]}]
+    for file in files:
+        torch.save(file, path)
+        ours, metadata = models.load(path)
+        torch.testing.assert_close(ours(x), expected)
+        assert metadata["arch"] == name
+    torch.save(files[0], path)
+    with zipfile.ZipFile(path) as file, zipfile.ZipFile(tmp_path / "numpy_1.pt", "w") as older:
+        for item in file.namelist():
+            older.writestr(item, file.read(item).replace(b"numpy._core", b"numpy.core"))
+    path = tmp_path / "numpy_1.pt"
+    assert models.load(path)[1] == {"epoch": 3, "best": 0.5, "arch": name, "lr": 0.1}
+    other = {key: 2 * value for key, value in state.items()}
+    for first, second in ("ema", "net"), ("net", "ema"):  # the first is taken, and it is said
+        torch.save({first: state, second: other, "epoch": 3}, path)
+        ours, metadata = models.load(path)
+        torch.testing.assert_close(ours(x), expected)
+        assert metadata["state_dict"] == f"{first}, not {second}"
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+WRN = models.build("wrn-10-1").state_dict()
+
+
+REFUSED = {
+    "code": (RunsCode(), "not loaded.*state_dict"),
+    "module": (small_network(), "holds code"),
+    "list": ([1, 2], "a list"),
+    "other keys": ({"model": {"a": torch.ones(1)}}, "no weights of ResNet-18"),
+    "web page": (b"\n<!DOCTYPE html><html>", "web page"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "LFS pointer"),
+    "safetensors": (b"\x40\0\0\0\0\0\0\0{\"conv1.weight\":", "safetensors"),
+    "text": (b"not a checkpoint", "no checkpoint"),
+    "empty": (b"", "is damaged"),
+    "nan": (WRN | {"fc.bias": torch.tensor([math.nan, *[0.0] * 9])}, "not finite"),
+    "normalising": (WRN | {"mean": torch.ones(3)}, "1 unknown: mean"),
+    "deeper": (WRN | {"block1.conv3.weight": torch.ones(1)}, "1 unknown: block1.conv3"),
+}  # fmt: skip
+
+
+def refused(path, message):
+    with pytest.raises(ValueError, match=message) as error:
+        models.load(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_checkpoints(what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, message = REFUSED[what]
+    path = tmp_path / "theirs.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    refused(path, message)
+    assert not Path("hacked").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+def test_torchscript_is_refused(tmp_path):
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "theirs.pt")
+    refused(tmp_path / "theirs.pt", "TorchScript")
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def test_setup():
+    x, y = torch.zeros(300, 3, 8, 8, dtype=torch.uint8), torch.arange(300) % 5
+    args = clirat.parse_args(["--arch", "wrn-10-1", "--train-size", "200"])
+    data, net, optimizer, _ = clirat.setup(args, torch.device("cpu"), (x, y, x, y), None)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.9, 7e-4)
+    assert len(group["params"]) == len(list(net.parameters()))
+    assert [len(t) for t in data] == [200, 200, 300, 300]
+    assert net.fc.out_features == 5
+    args.seed = 2
+    other = clirat.setup(args, torch.device("cpu"), (x, y, x, y), None)[1]
+    assert not torch.equal(net.fc.weight, other.fc.weight)
 
 
 def test_best_is_by_pgd20_on_test_images(data, tmp_path, monkeypatch):
@@ -157,106 +262,11 @@ def test_pgd20_is_at_the_eps_of_the_run(data, tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.filterwarnings("ignore:no targeted APGD")
-def test_evaluate_keeps_and_reuses_verdicts():
-    x, y = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8), torch.arange(20) % 3
-    net, evaluate = small_network(k=3).eval(), partial(eval_attacks.evaluate, eps=0.01)
-    asked = evaluate(net, x, y, [name for name in eval_attacks.ATTACKS if name != "aa"])
-    assert asked.keys() == eval_attacks.ATTACKS.keys() - {"aa"}
-    for name, attack in eval_attacks.ATTACKS.items():
-        if name != "aa":
-            x_adv = attack(net, x / 255, y, eps=0.01)
-            wrong = net(x_adv).argmax(1) != y
-            assert torch.equal(wrong[asked[name] >= 0], asked[name][asked[name] >= 0].bool())
-    shown, first = [], {name: v.clone() for name, v in asked.items() if name in ("nat", "apgd")}
-    first["apgd"][8:][first["apgd"][8:] < 2] = -1  # as if stopped there
-    evaluate(
-        net, x, y, ["apgd"], batch_size=3, verdicts=first, save=lambda v: shown.append(dict(v))
-    )
-    assert torch.equal(first["apgd"], asked["apgd"])
-    assert len(shown) == math.ceil((asked["apgd"][8:] < 2).sum() / 3)  # the others were not asked
-    x_adv = eval_attacks.autoattack(net, x / 255, y, eps=0.01)  # the same attacks in one call
-    both = evaluate(net, x, y, ["aa"])
-    robust = net(x_adv).argmax(1) == y
-    assert torch.equal(robust, both["square"] == 0)
-    assert torch.equal(robust, eval_attacks.robust_in(both, "aa"))
-    stages = torch.stack([both[name] for name in ("nat", "apgd", "apgd-t", "fab-t", "square")])
-    assert (stages >= 0).all()
-    assert ((stages == 1).sum(0) == ~robust).all()  # fooled once, then left alone
-    assert ((stages == 2) == ((stages == 1).cumsum(0) - (stages == 1).int() > 0)).all()
-    known = {"nat": torch.ones(20, dtype=torch.int8)}  # all wrong: nothing is left to attack
-    evaluate(net, x, y, ["aa"], verdicts=known)
-    assert (known["square"] == 2).all()
-    with pytest.warns(UserWarning, match="needs 4 classes, not 3"):
-        assert torch.equal(eval_attacks.STAGES["apgd-t"](net, x / 255, y, eps=0.01), x / 255)
-    half = evaluate(net, x, y, ["apgd"], amp=True)["apgd"]
-    assert (half != asked["apgd"]).sum() <= 2
-    with pytest.raises(TypeError, match="uint8"):
-        evaluate(net, x / 255, y, ["nat"])
-    with pytest.raises(ValueError, match="unknown attacks magic"):
-        evaluate(net, x, y, ["magic"])
-
-
-class FakeGraph:
-    """Records what a function was called with, and calls it again to replay it."""
-
-    recording = None
-
-    def replay(self):
-        function, inputs, outputs = self.call
-        for old, new in zip(outputs, function(*inputs), strict=True):
-            old.copy_(new)
-
-
-@contextlib.contextmanager
-def fake_recording(graph, **_):
-    FakeGraph.recording = graph
-    yield
-    FakeGraph.recording = None
-
-
-@pytest.fixture
-def fake_cuda(monkeypatch):
-    """Everything runs on the CPU, but through the code for CUDA graphs."""
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
-    fakes = {"Stream": lambda device: stream, "current_stream": lambda device: stream}
-    fakes |= {"stream": contextlib.nullcontext, "graph_pool_handle": lambda: None}
-    fakes |= {"CUDAGraph": FakeGraph, "graph": fake_recording}
-    for name, value in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    graphed, recorded = models.graphed, []
-
-    def on_cuda(function, device):
-        def noted(*inputs):
-            outputs = function(*inputs)
-            if FakeGraph.recording:
-                FakeGraph.recording.call = function, inputs, outputs
-                recorded.append([tuple(t.shape) for t in inputs])
-            return outputs
-
-        return graphed(noted, torch.device("cuda"))
-
-    monkeypatch.setattr(models, "graphed", on_cuda)
-    monkeypatch.setattr(eval_attacks, "graph_device", lambda model: torch.device("cuda"))
-    return recorded
-
-
 def test_a_replay_leaves_earlier_results_alone(fake_cuda):
     double = models.graphed(lambda x: (2 * x,), torch.device("cuda"))
     results = [double(torch.full((3,), float(i)))[0] for i in range(3)]
     assert torch.stack(results).tolist() == [[0] * 3, [2] * 3, [4] * 3]
     assert len(fake_cuda) == 1
-
-
-def test_graphs_of_attacks(request):
-    net, (x, y) = small_network(), small_images(7)
-    attacks = ATTACKS["apgd"], ATTACKS["apgd-t"], ATTACKS["fab-t"], ATTACKS["square"]
-    plain = [attack(net, x, y, eps=0.03, batch_size=20) for attack in attacks]
-    recorded = request.getfixturevalue("fake_cuda")
-    replayed = [attack(net, x, y, eps=0.03, batch_size=20) for attack in attacks]
-    assert {shapes[0][0] for shapes in recorded} <= {3, 6, 9}  # a few sizes, padded
-    for ours, theirs in zip(replayed, plain, strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 def test_the_path_of_cuda_graphs(data, straight, tmp_path, fake_cuda):
@@ -278,211 +288,234 @@ def test_amp_and_compile(options, data, straight, tmp_path, monkeypatch):
     assert all(math.isfinite(row["loss"]) for row in log)
 
 
-def test_what_is_attacked(monkeypatch):
-    class Odd(nn.Module):  # registered in another order than applied
-        def __init__(self):
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3)
-            nn.init.uniform_(self.bn.running_mean, 1, 2)
-
-        def forward(self, x):
-            return self.conv(self.bn(x)).flatten(1)
-
-    (x, _), net, odd, met = small_images(), small_network().eval(), Odd().eval(), {}
-    assert eval_attacks.stand_in(odd, x) is odd
-    for change in (
-        lambda net: net.register_forward_hook(print),
-        lambda net: setattr(net, "forward", net.forward),  # a copy would run the original's
-    ):
-        other = small_network().eval()
-        change(other)
-        assert eval_attacks.stand_in(other, x) is other
-    for name in eval_attacks.STAGES:
-
-        def spy(model, x, y, *, judge, name=name, **_):
-            met[name] = next(model.parameters()).dtype, judge
-            assert isinstance(model, models.Folded)
-            return x
-
-        monkeypatch.setitem(eval_attacks.STAGES, name, spy)
-    judges, verdict = [], eval_attacks.verdict
-
-    def spied_verdict(model, *rest):
-        judges.append(model)
-        return verdict(model, *rest)
-
-    monkeypatch.setattr(eval_attacks, "verdict", spied_verdict)
-    images = (x * 255).round().byte()
-    labels = net(images / 255).argmax(1)
-    eval_attacks.evaluate(net, images, labels, ["aa"], eps=0.01, amp=True)
-    assert all(model is net for model in judges)
-    dtypes = {name: dtype for name, (dtype, _) in met.items()}
-    half = dict.fromkeys(("apgd-t", "fab-t"), torch.bfloat16)
-    assert {name: dtypes[name] for name in half} == half
-    assert dtypes["square"] == torch.float32
-    assert all(judge is net for _, judge in met.values())
-    met.clear()
-    eval_attacks.autoattack(net, images / 255, labels, eps=0.01)
-    assert [judge is net for _, judge in met.values()] == [True] * 4
+# ---- Run folders ---------------------------------------------------------------------------------
 
 
-def test_which_networks_are_recorded():
-    class Careful(models.ResNet18):  # may read a value
-        pass
-
-    for kind, recorded in (models.ResNet18, "meta"), (Careful, "cpu"):
-        copy = models.Folded(kind()).to("meta")
-        assert eval_attacks.graph_device(copy) == torch.device(recorded)
-    with pytest.warns(UserWarning, match="amp does nothing"):
-        eval_attacks.evaluate(
-            lambda x: small_network()(x), (X * 255).byte(), Y, ["nat"], eps=0.1, amp=True
-        )
+def stopped_run(data, out, monkeypatch, after):
+    """A run that dies when the given epoch is in last.pt, but not in log.csv."""
+    save = clirat.save_log
+    with monkeypatch.context() as patch:
+        dying = lambda path, rows: save(path, rows) if len(rows) < after else 1 / 0  # noqa: E731
+        patch.setattr(clirat, "save_log", dying)
+        with pytest.raises(ZeroDivisionError):
+            run(data, "--out", out)
 
 
-def test_the_judge_has_the_last_word():
-    (x, y), net, other = small_images(), small_network(), small_network()
-    other[4].weight.data += 0.02 * torch.randn_like(other[4].weight)
-    for name in ("apgd", "fab-t", "square"):
-        before = [t.clone() for t in net.train().state_dict().values()]
-        x_adv = eval_attacks.STAGES[name](other, x, y, eps=0.02, judge=net)
-        assert all(map(torch.equal, before, net.state_dict().values()))
-        net.eval()
-        moved = (x_adv != x).flatten(1).any(1)
-        assert moved.any()
-        assert (net(x_adv[moved]).argmax(1) != y[moved]).all()
+def test_run_resume_and_init(data, straight, tmp_path, monkeypatch):
+    names = {"args.json", "best.pt", "burnin.pt", "last.pt", "log.csv"}
+    assert {p.name for p in straight.iterdir()} == names
+    log = np.genfromtxt(straight / "log.csv", delimiter=",", names=True)
+    groups = log["adv_correct"] + log["single_cl"] + log["multi_cl"]
+    np.testing.assert_allclose(groups, 1, atol=1e-5)
+    assert log["ess"][0] == 1  # weights from the epoch after the burn-in on
+    assert (log["ess"][1:] < 1).all()
+    burnin, last = (load(straight / f"{name}.pt") for name in ("burnin", "last"))
+    assert (burnin["epoch"], last["epoch"]) == (1, 3)
+    net, metadata = models.load(straight / "last.pt")
+    assert not net.training
+    assert (metadata["arch"], metadata["method"], metadata["epoch"]) == ("wrn-10-1", "clirat", 3)
+
+    resume = ["--resume", "--device", "cpu", "--out"]
+    stopped_run(data, tmp_path / "resumed", monkeypatch, after=2)
+    clirat.main([*resume, str(tmp_path / "resumed")])  # equals one that was never stopped
+    burn, moved = tmp_path / "burn", tmp_path / "moved.pt"
+    run(data, "--out", burn, "--method", "at")
+    run(data, "--out", tmp_path / "init", "--init", burn / "burnin.pt")  # another's burn-in
+    run(data, "--out", tmp_path / "init-at", "--init", burn / "burnin.pt", "--method", "at")
+    assert same_run(straight, tmp_path / "resumed")
+    assert same_run(straight, tmp_path / "init")
+    assert same_run(burn, tmp_path / "init-at")
+
+    (burn / "burnin.pt").rename(moved)
+    copy = str(shutil.copy(data, tmp_path / "copy.npz"))  # the data is known by what it is
+    clirat.main([*resume, str(tmp_path / "init"), "--data", copy])  # needs --init's file no longer
+    kept = json.loads((tmp_path / "init" / "args.json").read_text())
+    assert (kept["init"], kept["data"]) == (str(burn / "burnin.pt"), copy)
+    torch.save(load(moved) | {"best": 1.0}, moved)
+    run(data, "--out", tmp_path / "other", "--init", moved, "--weight-decay", "0.1")
+    forked = load(tmp_path / "other" / "last.pt")
+    assert forked["optimizer"]["param_groups"][0]["weight_decay"] == 0.1
+    assert forked["best"] == max(row["pgd20"] for row in forked["log"][1:])  # its own
+
+    stopped_run(data, tmp_path / "early", monkeypatch, after=0)  # at once: nothing is saved yet
+    for path in (tmp_path / "early").glob("*.pt"):
+        path.unlink()
+    run(data, "--out", tmp_path / "early", "--lr", "0.01")  # such a folder is free
 
 
-def test_a_new_attack_gets_its_column(data, straight, monkeypatch, capsys):
-    monkeypatch.setitem(
-        eval_attacks.ATTACKS,
-        "grey",
-        lambda model, x, y, *, eps, **_: x + (0.5 - x).clamp(-eps, eps),
-    )
-    words = [str(straight / "last.pt"), "--data", str(data), "--attacks", "nat", "grey"]
-    eval_attacks.main([*words, "--device", "cpu"])
-    rows = capsys.readouterr().out.splitlines()
-    assert rows[2].endswith("| NAT | GREY |")
-    assert rows[4].count("[") == 2
+def test_resume_wants_args_json_and_last_pt_of_one_run(data, straight, tmp_path, capsys):
+    resume = ["--resume", "--device", "cpu", "--out", str(tmp_path / "run")]
+    other = {"method": "mart", "trade_off": 6.0}
+    for name, change in ("args.json", other), ("last.pt", None), ("args.json", {"epochs": None}):
+        shutil.copytree(straight, tmp_path / "run")
+        path = tmp_path / "run" / name
+        if name == "args.json":
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        else:
+            torch.save({}, path)
+        before = {p: p.read_bytes() for p in path.parent.iterdir()}
+        with pytest.raises(SystemExit, match="2"):
+            clirat.main(resume)
+        assert "last.pt is not of the run" in capsys.readouterr().err
+        assert {p: p.read_bytes() for p in path.parent.iterdir()} == before
+        shutil.rmtree(path.parent)
+
+
+def test_init_from_other_peoples_checkpoints(data, straight, tmp_path, capsys):
+    burnin, path = load(straight / "burnin.pt"), tmp_path / "theirs.pt"
+    wrong = {"args": {}}, {"args": argparse.Namespace(method="at")}, {"optimizer": {}}
+    for change in (*wrong, {"args": burnin["args"] | {"method": "magic"}}, {"optimizer": None}):
+        torch.save(burnin | change, path)
+        with pytest.raises(SystemExit, match="2"):
+            run(data, "--out", tmp_path / "run", "--init", path)
+        assert "no training checkpoint" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def test_what_a_kill_left_goes_and_nothing_else(data, tmp_path):
+    ours = {"7.last.pt.tmp", "7.args.json.tmp"}
+    others = {"notes.tmp", "2024.notes.tmp", "last.pt.tmp", "7.last.pt.1a.npz.tmp"}
+    for name in ours | others:
+        (tmp_path / name).write_text("x")
+    run(data, "--out", tmp_path, "--epochs", "1")
+    assert {path.name for path in tmp_path.glob("*.tmp")} == others
+
+
+def test_temporary_files(tmp_path, monkeypatch):
+    names, replace = [], os.replace
+
+    def noted(old, new):
+        names.append(Path(old).name)
+        if len(names) == 2:
+            raise OSError("full")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", noted)
+    clirat.write(tmp_path / "a", b"1")
+    with pytest.raises(OSError, match="full"):
+        clirat.write(tmp_path / "a", b"2")
+    assert str(os.getpid()) in names[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"1"
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
+
+
+BAD = {
+    clirat: [
+        ("--method magic", "magic"),
+        ("--method at --gamma 2", "--gamma does nothing"),
+        ("--arch wrn-11-1", "wrn-11-1"),
+        ("--batch-size 51", "51"),
+        ("--eps 2", "--eps"),
+        ("--eps 8/0", "--eps"),
+        ("--lr nan", "finite"),
+        ("--device cuda:99", "--device cuda:99"),
+        ("--data nowhere.npz", "nowhere.npz"),
+        ("--data truncated.npz", "truncated.npz"),
+        ("--data test.npz", "x_train"),
+        ("--data float_images.npz", "uint8"),
+        ("--data grey_images.npz", "(50, 8, 8, 1)"),
+        ("--data negative_labels.npz", "-1"),
+        ("--data unknown_labels.npz", "0..5"),
+        ("--data skipped_class.npz", "all classes 0..4 in y_train"),
+        ("--data object_labels.npz", "object_labels.npz"),
+        ("--data svhn", "no folder svhn"),
+        ("--data run", "holds args.json"),
+        ("--init nowhere.pt", "nowhere.pt"),
+        ("--init weights.pt", "no training checkpoint"),
+        ("--init run/burnin.pt --method trades", "want trades, wrn-10-1, seed 1"),
+        ("--init run/burnin.pt --method fat", "want fat"),
+        ("--init run/burnin.pt --seed 2", "want at, wrn-10-1, seed 2"),
+        ("--init run/burnin.pt --burn-in 0", "no epoch after 0"),
+        ("--init run/burnin.pt --epochs 1", "no epoch after 0"),
+        ("--init run/last.pt --epochs 4 --method mail-at", "no epoch after 1"),
+        ("--out small.npz", "small.npz"),
+        ("--out pile", "already holds a run: choose another --out, or --resume"),
+        ("--out nothing --resume", "no run to resume"),
+        ("--out list --resume", "list holds no run to resume"),
+        ("--out run --resume --gamma 3", "started with gamma 10.0, not 3.0"),
+        ("--out run --resume --init nowhere.pt", "started with init None, not nowhere.pt"),
+        ("--out run --resume --data other_images.npz", "other data than run was started with"),
+    ],
+    eval_attacks: [
+        ("nowhere.pt", "nowhere.pt"),
+        ("run", "no file run"),
+        ("truncated.pt", "truncated.pt"),
+        ("weights.pt --arch resnet18", "layer1.0.conv1.weight"),
+        ("weights.pt --arch bogus", "unknown architecture 'bogus'"),
+        ("weights.pt --data toy", "5 classes"),
+        ("weights.pt --n 31", "31"),
+        ("weights.pt --eps -1", "--eps"),
+        ("weights.pt --attacks nat magic", "magic"),
+        ("--attacks nat weights.pt", "invalid choice: 'weights.pt'"),
+        ("weights.pt --json nowhere/figures.json", "nowhere"),
+        ("weights.pt --json weights.pt", "no .json"),
+        ("damaged.pt --attacks nat", "is damaged"),
+    ],
+}
+
+
+@pytest.fixture(scope="session")
+def desk(data, straight, tmp_path_factory):
+    """A folder with good and bad files."""
+    folder = tmp_path_factory.mktemp("desk")
+    shutil.copytree(straight, folder / "run")
+    shutil.copy(data, folder / "small.npz")
+    shutil.copy(data.with_name("test.npz"), folder)
+    arrays = dict(np.load(data))
+    images, labels = arrays["x_train"], arrays["y_train"]
+    bad = {
+        "other_images": {"x_train": images ^ 1},
+        "float_images": {"x_train": images.astype(np.float32)},
+        "grey_images": {"x_train": images[..., :1]},
+        "negative_labels": {"y_train": labels - 1},
+        "unknown_labels": {"y_test": arrays["y_test"] + 1},
+        "skipped_class": {"y_train": np.where(labels == 3, 2, labels)},
+        "object_labels": {"y_train": np.array([RunsCode()] * 50, dtype=object)},
+    }
+    for name, change in bad.items():
+        np.savez(folder / f"{name}.npz", **(arrays | change))
+    (folder / "truncated.npz").write_bytes(data.read_bytes()[:1000])
+    torch.save(models.build("wrn-10-1", 5).state_dict(), folder / "weights.pt")
+    (folder / "truncated.pt").write_bytes((folder / "weights.pt").read_bytes()[:5000])
+    shutil.copy(folder / "weights.pt", folder / "damaged.pt")
+    words = [str(folder / "damaged.pt"), "--data", str(data), "--attacks", "nat", "--device", "cpu"]
+    eval_attacks.main(words)
+    (verdicts,) = folder.glob("damaged.pt.*.npz")
+    verdicts.write_text("damaged")
+    (folder / "list").mkdir()
+    (folder / "list" / "args.json").write_text("[]")
+    (folder / "pile").mkdir()
+    shutil.copy(folder / "weights.pt", folder / "pile")
+    return folder
+
+
+def contents(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        (lambda z: z, None),
-        (lambda z: z.softmax(1), "probabilities"),
-        (lambda z: z + torch.randn_like(z), "random"),
-        (lambda z: (z * 0).round(), "zero or NaN at 100%"),
-        (lambda z: (z - z).sqrt() + z, "zero or NaN at 100%"),
-    ],
+    ("program", "words", "message"),
+    [(program, *case) for program, cases in BAD.items() for case in cases],
 )
-def test_doubts_reach_python_users(output, message):
-    (x, y), net = small_images(), small_network().eval()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        eval_attacks.autoattack(lambda x: output(net(x)), x, torch.zeros_like(y), eps=0.0)
-    texts = [str(w.message) for w in caught]
-    assert [text for text in texts if message and message in text] or not message
-    assert len(texts) == bool(message)
-
-
-def test_masking():
-    figures = {"pgd20": 50.0, "aa": 48.0, "fab-t": 50.0, "square": 50.0}
-    cases = ({}, 0), ({"aa": 46.0}, 1), ({"square": 49.0}, 1)
-    for change, expected in cases:
-        found = {name: {"accuracy": value} for name, value in (figures | change).items()}
-        assert len(eval_attacks.masking(found)) == expected
-
-
-@pytest.mark.parametrize(
-    ("model", "error", "message"),
-    [
-        (lambda x: (small_network()(x),), TypeError, "tuple"),
-        (small_network().half(), TypeError, "does not take"),
-        (small_network(k=5), ValueError, "labels in 0..4"),
-        (lambda x: small_network().eval()(x).argmax(1), TypeError, "logits"),
-    ],
-)
-def test_attacks_refuse_models(model, error, message):
-    for attack in ATTACKS.values():
-        if attack is not ATTACKS["nat"]:
-            with pytest.raises(error, match=message):
-                attack(model, X, Y, eps=0.1)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "wrn-10-2", "wrn-16-1"])
-def test_other_peoples_checkpoints(name, tmp_path):
-    net, path = models.build(name, 5), tmp_path / "theirs.pt"
-    state, x = net.state_dict(), torch.rand(2, 3, 16, 16)
-    expected = net.eval()(x)
-    beside = {"epoch": 3, "best": np.float64(0.5), "path": Path("a/b"), "arch": "ResNet18"}
-    beside |= {"rng": np.random.get_state()}
-    beside |= {"optimizer": {"state": {}}, "args": argparse.Namespace(lr=0.1, out=Path("x"))}
-    files = [{key: state} | beside for key in ("net", "model", "state_dict", "weights")]
-    prefixes = (
-        "1.",
-        "module.",
-        "model.",
-        "_orig_mod.",
-        "module.module.",
-        "module._orig_mod.",
-        "_orig_mod.module.",
-    )
-    files += [{prefix + key: value for key, value in state.items()} for prefix in prefixes]
-    files += [state | {"sub_block1.layer.0.bn1.weight": torch.ones(1)}]
-    files += [{key: v for key, v in state.items() if "num_batches" not in key}]
-    files += [{"net": state, "args": None}, {"net": state, "args": [1]}]
-    for file in files:
-        torch.save(file, path)
-        ours, metadata = models.load(path)
-        torch.testing.assert_close(ours(x), expected)
-        assert metadata["arch"] == name
-    torch.save(files[0], path)
-    with zipfile.ZipFile(path) as file, zipfile.ZipFile(tmp_path / "numpy_1.pt", "w") as older:
-        for item in file.namelist():
-            older.writestr(item, file.read(item).replace(b"numpy._core", b"numpy.core"))
-    path = tmp_path / "numpy_1.pt"
-    assert models.load(path)[1] == {"epoch": 3, "best": 0.5, "arch": name, "lr": 0.1}
-    other = {key: 2 * value for key, value in state.items()}
-    for first, second in ("ema", "net"), ("net", "ema"):  # the first is taken, and it is said
-        torch.save({first: state, second: other, "epoch": 3}, path)
-        ours, metadata = models.load(path)
-        torch.testing.assert_close(ours(x), expected)
-        assert metadata["state_dict"] == f"{first}, not {second}"
-
-
-WRN = models.build("wrn-10-1").state_dict()
-
-
-# what -> a file's bytes or its contents for torch.save, words of the message
-REFUSED = {
-    "code": (RunsCode(), "not loaded.*state_dict"),
-    "module": (small_network(), "holds code"),
-    "list": ([1, 2], "a list"),
-    "other keys": ({"model": {"a": torch.ones(1)}}, "no weights of ResNet-18"),
-    "web page": (b"\n<!DOCTYPE html><html>", "web page"),
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "LFS pointer"),
-    "safetensors": (b"\x40\0\0\0\0\0\0\0{\"conv1.weight\":", "safetensors"),
-    "text": (b"not a checkpoint", "no checkpoint"),
-    "empty": (b"", "is damaged"),
-    "nan": (WRN | {"fc.bias": torch.tensor([math.nan, *[0.0] * 9])}, "not finite"),
-    "normalising": (WRN | {"mean": torch.ones(3)}, "1 unknown: mean"),
-    "deeper": (WRN | {"block1.conv3.weight": torch.ones(1)}, "1 unknown: block1.conv3"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_refused_checkpoints(what, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    content, message = REFUSED[what]
-    path = tmp_path / "theirs.pt"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(ValueError, match=message) as error:
-        models.load(path)
-    assert "\n" not in str(error.value)
-    assert not Path("hacked").exists()
-    torch.jit.script(nn.Linear(2, 2)).save(path)
-    with pytest.raises(ValueError, match="TorchScript"):
-        models.load(path)
+def test_bad_input(program, words, message, desk, capsys, monkeypatch):
+    """The program ends with one line, or argparse's two, and status 2, and touches no file."""
+    monkeypatch.chdir(desk)
+    before, words = contents(desk), words.split()
+    settings = {"--data": "small.npz", "--device": "cpu"}
+    if program is clirat:
+        settings |= {"--arch": "wrn-10-1", "--batch-size": "20", "--steps": "2", "--epochs": "3"}
+        settings |= {"--eval-size": "20", "--burn-in": "1"}
+    defaults = [word for pair in settings.items() if pair[0] not in words for word in pair]
+    with pytest.raises(SystemExit) as stop:
+        program.main([*words, *defaults])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in err.splitlines()[-1]
+    assert len(err.splitlines()) <= 1 + err.startswith("usage: ")
+    assert contents(desk) == before
 
 
 def test_cifar10_folders(tmp_path, monkeypatch):
@@ -500,6 +533,49 @@ def test_cifar10_folders(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=f"no CIFAR-10 in .*{error}.*toy"):
             clirat.load_data(str(inner))
     assert asked == [tmp_path] * 3
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.arange(20).astype("U2"), "integers from 0"),
+        (np.uint8([*range(9), *[255] * 11]), "all classes 0..255"),
+        (np.zeros(20, int), "all classes 0..1"),
+    ],
+)
+def test_labels_that_are_none(labels, message, tmp_path):
+    images = np.zeros((20, 8, 8, 3), np.uint8)
+    names = {"x_train": images, "x_test": images, "y_train": labels, "y_test": labels}
+    np.savez(tmp_path / "a.npz", **names)
+    with pytest.raises(ValueError, match=message):
+        clirat.load_data(str(tmp_path / "a.npz"))
+
+
+def test_missing_classes_are_said(data, tmp_path, capsys):
+    arrays = dict(np.load(data))
+    order = {part: np.argsort(arrays[f"y_{part}"], kind="stable") for part in ("train", "test")}
+    np.savez(tmp_path / "sorted.npz", **{k: v[order[k[2:]]] for k, v in arrays.items()})
+    run(tmp_path / "sorted.npz", "--out", tmp_path, "--epochs", "1", "--train-size", "25")
+    said = "note: the first 25 training images are of 3 of 5 classes\n"
+    assert capsys.readouterr().err == said
+    words = tmp_path / "last.pt", "--attacks", "nat", "--data"
+    evaluate_files(*words, data)
+    assert capsys.readouterr().err == ""
+    evaluate_files(*words, tmp_path / "sorted.npz", "--n", "6")
+    said = f"note: {tmp_path}/last.pt knows 5 classes, the 6 images are of 1\n"
+    assert capsys.readouterr().err == said
+    torch.save(models.build("wrn-10-1", 100).state_dict(), tmp_path / "last.pt")
+    evaluate_files(*words, data)
+    assert "knows 100 classes, the 30 images are of 5\n" in capsys.readouterr().err
+
+
+def test_any_device_of_pytorch():
+    assert clirat.join_processes("meta", False) == torch.device("meta")
+    with pytest.raises(ValueError, match="--device nowhere: "):
+        clirat.join_processes("nowhere", False)
+
+
+# ---- Evaluations ---------------------------------------------------------------------------------
 
 
 def evaluate_files(*words):
@@ -547,17 +623,57 @@ def test_the_papers_rows():
         assert row(settings | other, ["aa"]) is None
 
 
+def test_a_new_attack_gets_its_column(data, straight, monkeypatch, capsys):
+    monkeypatch.setitem(
+        eval_attacks.ATTACKS,
+        "grey",
+        lambda model, x, y, *, eps, **_: x + (0.5 - x).clamp(-eps, eps),
+    )
+    words = [str(straight / "last.pt"), "--data", str(data), "--attacks", "nat", "grey"]
+    eval_attacks.main([*words, "--device", "cpu"])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[2].endswith("| NAT | GREY |")
+    assert rows[4].count("[") == 2
+
+
+def test_which_state_dict_is_said(data, tmp_path, capsys):
+    state, figures = models.build("wrn-10-1", 5).state_dict(), tmp_path / "figures.json"
+    torch.save({"ema": state, "net": state}, tmp_path / "a.pt")
+    evaluate_files(tmp_path / "a.pt", "--data", data, "--attacks", "nat", "--json", figures)
+    said = "of the state dicts in the file this is ema, not net"
+    assert f"warning: {tmp_path}/a.pt: {said}\n" in capsys.readouterr().err
+    (told,) = json.loads(figures.read_text())
+    assert told["training"]["state_dict"] == "ema, not net"
+    assert said in told["warnings"]
+
+
+def test_verdicts_that_cannot_be_kept(data, straight, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a b.pt"
+    shutil.copy(straight / "last.pt", path)
+
+    def read_only(*_):
+        raise PermissionError("read-only folder")
+
+    monkeypatch.setattr(clirat, "write", read_only)
+    with pytest.warns(UserWarning, match="verdicts are not kept: read-only folder"):
+        evaluate_files(path, "--data", data, "--attacks", "nat", "--n", "7", "--batch-size", "2")
+    assert "a b.pt | 7 |" in capsys.readouterr().out
+
+
+# ---- Processes, threads and pipes ----------------------------------------------------------------
+
+
 def evaluate_at_once(rank, folder, checkpoint, data, barrier):
     torch.set_num_threads(1)
     attacks = ["nat", "pgd20", "cw"], ["nat", "fgsm", "pgd20"]
-    for i in range(20):
+    for i in range(12):
         path = folder / f"{i}.pt"
         if rank == 0:
             shutil.copy(checkpoint, path)
         barrier.wait()
         with open(folder / f"{rank}.err", "a") as file, contextlib.redirect_stderr(file):
-            names = attacks[rank if i % 2 else 0]
-            evaluate_files(path, "--data", data, "--attacks", *names, "--batch-size", "3")
+            words = ["--data", data, "--n", "12", "--batch-size", "3", "--attacks"]
+            evaluate_files(path, *words, *attacks[rank if i % 2 else 0])
 
 
 def test_two_evaluations_at_once_lose_nothing(data, straight, tmp_path, capfd):
@@ -565,21 +681,12 @@ def test_two_evaluations_at_once_lose_nothing(data, straight, tmp_path, capfd):
     arguments = (tmp_path, straight / "last.pt", data, context.Barrier(2))
     torch.multiprocessing.spawn(evaluate_at_once, arguments, nprocs=2)
     assert (tmp_path / "0.err").read_text() == (tmp_path / "1.err").read_text() == ""
-    found = [eval_attacks.read_verdicts(*tmp_path.glob(f"{i}.pt.*.npz"))[0] for i in range(20)]
+    found = [eval_attacks.read_verdicts(*tmp_path.glob(f"{i}.pt.*.npz"))[0] for i in range(12)]
     for i, verdicts in enumerate(found):
         assert verdicts.keys() == {"nat", "pgd20", "cw", *(["fgsm"] if i % 2 else [])}
         assert all((verdict >= 0).all() for verdict in verdicts.values())
         assert all(torch.equal(v, found[1][name]) for name, v in verdicts.items())
     assert not any(tmp_path.glob("*.tmp"))
-
-
-def test_what_a_kill_left_goes_and_nothing_else(data, tmp_path):
-    ours = {"7.last.pt.tmp", "7.args.json.tmp"}
-    others = {"notes.tmp", "2024.notes.tmp", "last.pt.tmp", "7.last.pt.1a.npz.tmp"}
-    for name in ours | others:
-        (tmp_path / name).write_text("x")
-    run(data, "--out", tmp_path, "--epochs", "1")
-    assert {path.name for path in tmp_path.glob("*.tmp")} == others
 
 
 def test_verdicts_wait_for_the_lock(tmp_path):
@@ -595,107 +702,12 @@ def test_verdicts_wait_for_the_lock(tmp_path):
     assert path.exists()
 
 
-def test_temporary_files(tmp_path, monkeypatch):
-    names, replace = [], os.replace
-
-    def noted(old, new):
-        names.append(Path(old).name)
-        if len(names) == 2:
-            raise OSError("full")
-        replace(old, new)
-
-    monkeypatch.setattr(os, "replace", noted)
-    clirat.write(tmp_path / "a", b"1")
-    with pytest.raises(OSError, match="full"):
-        clirat.write(tmp_path / "a", b"2")
-    assert str(os.getpid()) in names[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert (tmp_path / "a").read_bytes() == b"1"
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_of_an_evaluation(monkeypatch):
-    net, (x, y), passes = small_network().eval(), small_images(12), []
-    y = net(x).argmax(1)
-    for name, most in eval_attacks.PASSES.items():
-        passes.clear()
-        attack = (eval_attacks.STAGES | eval_attacks.ATTACKS)[name]
-        attack(net, x, y, eps=0.0, batch_size=5, tick=passes.append)  # none is fooled
-        if name not in ("nat", "fgsm"):  # one step
-            assert sum(passes) == 12 * most
-    monkeypatch.setattr("sys.stderr", Terminal())
-    clock = iter(range(0, 10**6))
-    fake = types.SimpleNamespace(perf_counter=lambda: next(clock))
-    monkeypatch.setattr(eval_attacks, "time", fake)
-    images = (x * 255).round().byte()
-    eval_attacks.evaluate(net, images, net(images / 255).argmax(1), ["pgd20"], eps=0, batch_size=6)
-    lines = sys.stderr.getvalue().replace("\033[K", "").split("\r")[1:]
-    # a second a line: 12 images are 12 * (1 + 40) passes, a verdict and each of 4 steps of 5
-    assert lines[0] == "nat, batch 1/2, estimating"
-    assert lines[1] == f"nat, batch 1/2, at most {str_of(2 * (492 - 6) / 6)} left in all"
-    assert lines[-2].startswith("pgd20, batch 2/2, at most 0:00:0")
-    assert lines[-1] == ""
-
-
-def str_of(seconds):
-    return f"0:0{round(seconds) // 60}:{round(seconds) % 60:02d}"
-
-
 @pytest.mark.parametrize("stderr", [None, types.SimpleNamespace(write=print, flush=print)])
 def test_without_a_stderr(stderr, data, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stderr", stderr)  # None: closed, as by 2>&-
     run(data, "--out", tmp_path, "--epochs", "1")
     evaluate_files(tmp_path / "last.pt", "--data", data, "--attacks", "nat", "pgd20")
     assert load(tmp_path / "last.pt")["epoch"] == 1
-
-
-def test_resume_wants_args_json_and_last_pt_of_one_run(data, straight, tmp_path, capsys):
-    resume = ["--resume", "--device", "cpu", "--out", str(tmp_path / "run")]
-    other = {"method": "mart", "trade_off": 6.0}
-    for name, change in ("args.json", other), ("last.pt", None), ("args.json", {"epochs": None}):
-        shutil.copytree(straight, tmp_path / "run")
-        path = tmp_path / "run" / name
-        if name == "args.json":
-            path.write_text(json.dumps(json.loads(path.read_text()) | change))
-        else:
-            torch.save({}, path)
-        before = {p: p.read_bytes() for p in path.parent.iterdir()}
-        with pytest.raises(SystemExit, match="2"):
-            clirat.main(resume)
-        assert "last.pt is not of the run" in capsys.readouterr().err
-        assert {p: p.read_bytes() for p in path.parent.iterdir()} == before
-        shutil.rmtree(path.parent)
-
-
-def test_init_from_other_peoples_checkpoints(data, straight, tmp_path, capsys):
-    burnin, path = load(straight / "burnin.pt"), tmp_path / "theirs.pt"
-    wrong = {"args": {}}, {"args": argparse.Namespace(method="at")}, {"optimizer": {}}
-    for change in (*wrong, {"args": burnin["args"] | {"method": "magic"}}, {"optimizer": None}):
-        torch.save(burnin | change, path)
-        with pytest.raises(SystemExit, match="2"):
-            run(data, "--out", tmp_path / "run", "--init", path)
-        assert "no training checkpoint" in capsys.readouterr().err
-        assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (np.arange(20).astype("U2"), "integers from 0"),
-        (np.uint8([*range(9), *[255] * 11]), "all classes 0..255"),
-        (np.zeros(20, int), "all classes 0..1"),
-    ],
-)
-def test_labels_that_are_none(labels, message, tmp_path):
-    images = np.zeros((20, 8, 8, 3), np.uint8)
-    names = {"x_train": images, "x_test": images, "y_train": labels, "y_test": labels}
-    np.savez(tmp_path / "a.npz", **names)
-    with pytest.raises(ValueError, match=message):
-        clirat.load_data(str(tmp_path / "a.npz"))
 
 
 def test_in_a_thread(data, tmp_path):
@@ -714,7 +726,7 @@ def test_in_a_thread(data, tmp_path):
 def test_a_closed_pipe(data, tmp_path):
     common = ["--data", str(data), "--device", "cpu"]
     train = ["clirat.py", "--arch", "wrn-10-1", "--batch-size", "20", "--epochs", "9999", *common]
-    attack = ["eval_attacks.py", str(tmp_path / "last.pt"), *common]
+    attack = ["eval_attacks.py", str(tmp_path / "last.pt"), "--attacks", "nat", *common]
     for command, hint in (
         ([*train, "--out", str(tmp_path)], f"epochs are saved: --resume --out {tmp_path} goes on"),
         (attack, "the same command goes on from there"),
@@ -730,54 +742,6 @@ def test_a_closed_pipe(data, tmp_path):
         assert err.strip().endswith(hint)
         assert "ignored" not in err
         assert "Traceback" not in err
-
-
-def test_missing_classes_are_said(data, tmp_path, capsys):
-    arrays = dict(np.load(data))
-    order = {part: np.argsort(arrays[f"y_{part}"], kind="stable") for part in ("train", "test")}
-    np.savez(tmp_path / "sorted.npz", **{k: v[order[k[2:]]] for k, v in arrays.items()})
-    run(tmp_path / "sorted.npz", "--out", tmp_path, "--epochs", "1", "--train-size", "25")
-    said = "note: the first 25 training images are of 3 of 5 classes\n"
-    assert capsys.readouterr().err == said
-    words = tmp_path / "last.pt", "--attacks", "nat", "--data"
-    evaluate_files(*words, data)
-    assert capsys.readouterr().err == ""
-    evaluate_files(*words, tmp_path / "sorted.npz", "--n", "6")
-    said = f"note: {tmp_path}/last.pt knows 5 classes, the 6 images are of 1\n"
-    assert capsys.readouterr().err == said
-    torch.save(models.build("wrn-10-1", 100).state_dict(), tmp_path / "last.pt")
-    evaluate_files(*words, data)
-    assert "knows 100 classes, the 30 images are of 5\n" in capsys.readouterr().err
-
-
-def test_which_state_dict_is_said(data, tmp_path, capsys):
-    state, figures = models.build("wrn-10-1", 5).state_dict(), tmp_path / "figures.json"
-    torch.save({"ema": state, "net": state}, tmp_path / "a.pt")
-    evaluate_files(tmp_path / "a.pt", "--data", data, "--attacks", "nat", "--json", figures)
-    said = "of the state dicts in the file this is ema, not net"
-    assert f"warning: {tmp_path}/a.pt: {said}\n" in capsys.readouterr().err
-    (told,) = json.loads(figures.read_text())
-    assert told["training"]["state_dict"] == "ema, not net"
-    assert said in told["warnings"]
-
-
-def test_any_device_of_pytorch():
-    assert clirat.join_processes("meta", False) == torch.device("meta")
-    with pytest.raises(ValueError, match="--device nowhere: "):
-        clirat.join_processes("nowhere", False)
-
-
-def test_verdicts_that_cannot_be_kept(data, straight, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "a b.pt"
-    shutil.copy(straight / "last.pt", path)
-
-    def read_only(*_):
-        raise PermissionError("read-only folder")
-
-    monkeypatch.setattr(clirat, "write", read_only)
-    with pytest.warns(UserWarning, match="verdicts are not kept: read-only folder"):
-        evaluate_files(path, "--data", data, "--attacks", "nat", "--n", "7", "--batch-size", "2")
-    assert "a b.pt | 7 |" in capsys.readouterr().out
 
 
 def work(rank, world, folder):

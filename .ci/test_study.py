@@ -16,7 +16,6 @@ import torch
 import clirat
 import eval_attacks
 from clirat import METHODS
-from test_clpm import data
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / ".figures")]
 import study
