@@ -312,8 +312,8 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64,
     """Square attack (Andriushchenko et al. 2020, Algorithm 1), one restart.
 
     Random search on the margin z_y - max_{j != y} z_j. x: (N, C, H, W) in [0, 1]. y: (N,). Wants a
-    model in float32: gains are smaller than the spacing of bfloat16 logits. Returns (N, C, H, W):
-    for each point an image whose margin is not positive, x where none was found.
+    model in float32: gains are smaller than the spacing of bfloat16 logits. Returns (N, C, H, W): a
+    point's first misclassified image, x where there is none. A tie is what argmax makes of it.
     """
     x, y, index, _ = checked(model, x, y, eps, index)
     channels, height, width = x.shape[1:]
@@ -321,19 +321,20 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64,
     places = torch.rand(queries, 2, generator=generator, dtype=torch.float64).tolist()
     signs = torch.rand(queries, channels, 1, 1, generator=generator).sub(0.5).sign().to(x)
 
-    def margin_of(x, y):
+    def judged(x, y):
         with torch.no_grad():
-            return (pm(model(x), y),)
+            logits = model(x)
+        return pm(logits, y), is_wrong(logits, y)
 
-    margin_of = on_active_rows(margin_of, model, batch_size)
+    judged = on_active_rows(judged, model, batch_size)
 
     def attack(points, _, active):
         clean, labels = x[points], y[points]
         lower, upper = (clean - eps).clamp(min=0), (clean + eps).clamp(max=1)
         stripes = noise((channels, 1, width), index[points.cpu()], seed).sub(0.5).sign().to(x)
         best = (clean + eps * stripes).clamp(0, 1)
-        (margin,) = margin_of(active, best, labels)
-        yield best, margin <= 0
+        margin, wrong = judged(active, best, labels)
+        yield best, wrong
         for query in range(queries):
             side = square_side(query, height, width)
             down, right = places[query]
@@ -341,11 +342,11 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64,
             window = (..., slice(top, top + side), slice(left, left + side))
             kept, moved = best[window].clone(), best[window] + 2 * eps * signs[query]
             best[window] = moved.clamp(lower[window], upper[window])
-            (tried,) = margin_of(active, best, labels)
-            accepted = active & (tried < margin)
+            tried, wrong = judged(active, best, labels)
+            accepted = active & ((tried < margin) | wrong)
             best[window] = torch.where(widen(accepted), best[window], kept)
             margin = torch.where(accepted, tried, margin)
-            yield best, margin <= 0
+            yield best, wrong
 
     with eval_mode(model):
         return in_batches(attack, x, y, batch_size, passes=1, **shared)

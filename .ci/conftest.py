@@ -40,10 +40,13 @@ def run(data, *words):
     clirat.main([*options, *map(str, words)])
 
 
+TIMING = "seconds", "images_per_s"
+
+
 def same(a, b):
+    """Whether two checkpoints, or parts of them, are equal bit for bit, but for their timing."""
     if isinstance(a, dict):
-        timing = ("seconds", "images_per_s")
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in timing)
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in TIMING)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -576,12 +576,12 @@ Square: half the change | eval_attacks.py | square
 +best[window] + eps * signs[query]
 
 Square accepts all | eval_attacks.py | square
--accepted = active & (tried < margin)
+-accepted = active & ((tried < margin) | wrong)
 +accepted = active
 
 Square accepts equal margins | eval_attacks.py | square
--accepted = active & (tried < margin)
-+accepted = active & (tried <= margin)
+-accepted = active & ((tried < margin) | wrong)
++accepted = active & ((tried <= margin) | wrong)
 
 PGD-20 for evaluation starts at x | eval_attacks.py | by_name
 -start = x + eps * (2 * noise
@@ -755,7 +755,7 @@ a left-over of any name goes | clirat.py | kill_left
 -out.glob(f"[0-9]*.{name}.tmp")
 +out.glob("[0-9]*.*.tmp")
 
-an architecture's name that is none is ignored | models.py | more_bad_input
+an architecture's name that is none is ignored | models.py | bad_input
 -    if not name:  # read it off the keys
 +    if not name or name == "bogus":  # read it off the keys
 

@@ -35,6 +35,16 @@ def test_dlr_by_hand():
         assert eval_attacks.dlr_targeted_loss(logits, y, t).item() == pytest.approx(targeted)
 
 
+@pytest.mark.parametrize(("classes", "targets"), [(12, 9), (10, 9), (4, 3)])
+def test_targets(classes, targets):
+    logits = torch.randn(20, classes, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(20) % classes
+    found = eval_attacks.targets_of(lambda x: logits[x], torch.arange(20), y, 20)
+    for row, label, ours in zip(logits.tolist(), y.tolist(), found.T.tolist(), strict=True):
+        others = sorted((-z, k) for k, z in enumerate(row) if k != label)
+        assert ours == [k for _, k in others[:targets]]
+
+
 def test_projection_against_a_search():
     rng = torch.Generator().manual_seed(0)
     t, w = (torch.rand(200, 12, generator=rng, dtype=torch.float64) for _ in range(2))
@@ -137,6 +147,17 @@ def test_square_goes_on_from_its_best():
         if margin < lowest:
             best, lowest, accepted = z, margin, accepted + 1
     assert 0 < accepted < 300
+
+
+def test_square_leaves_a_tie_to_argmax():
+    x, y = torch.tensor([0.2, 0.8]).view(2, 1, 1, 1).expand(2, 3, 4, 4), torch.tensor([0, 1])
+
+    def model(x):  # sure of the clean images, and at a loss about all others
+        return torch.stack([(x == value).all((1, 2, 3)).float() for value in (0.2, 0.8)], 1)
+
+    x_adv = eval_attacks.square(model, x, y, eps=0.1, queries=20)
+    assert torch.equal(x_adv[0], x[0])  # argmax takes the first class: it stays right
+    assert (x_adv[1] != x[1]).any()
 
 
 def test_fab_against_its_formulas():

@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import fcntl
+import functools
 import gc
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import sys
 import threading
 import types
 import zipfile
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +32,7 @@ import clirat
 import eval_attacks
 import models
 from clirat import pgd
-from conftest import load, run, same, same_run, small_images, small_network
+from conftest import TIMING, load, run, same, same_run, small_images, small_network
 
 ROOT = Path(clirat.__file__).parent
 
@@ -278,14 +281,190 @@ def test_the_path_of_cuda_graphs(data, straight, tmp_path, fake_cuda):
 
 @pytest.mark.parametrize("options", ["--amp", "--compile", "--amp --method mail-trades"])
 def test_amp_and_compile(options, data, straight, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled, compile_ = [], torch.compile
+
+    def noted(model, **options):
+        compiled.append(type(model))
+        return compile_(model, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", noted)
     run(data, "--out", tmp_path / "run", *options.split())
     log, exact = (
         torch.load(o / "last.pt", weights_only=True)["log"] for o in (tmp_path / "run", straight)
     )
+    assert compiled == [models.Folded] * options.count("--compile")
     if "trades" not in options:  # later epochs drift apart
         assert log[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.05)
     assert all(math.isfinite(row["loss"]) for row in log)
+
+
+# ---- Flags ---------------------------------------------------------------------------------------
+
+
+def test_defaults(monkeypatch):
+    for cuda, device, sizes in (False, "cpu", (64, 64)), (True, "cuda", (128, 512)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        assert vars(clirat.parse_args([])) == {
+            "method": "clirat", "arch": "resnet18", "gamma": 10, "beta": -0.5, "trade_off": None,
+            "data": "data", "train_size": None, "epochs": 120, "burn_in": 75,
+            "lr_milestones": [75, 90], "batch_size": 128, "lr": 0.01, "weight_decay": 3.5e-3,
+            "eps": 8 / 255, "step_size": 2 / 255, "steps": 10, "seed": 1, "init": None,
+            "exclude": None, "weight_norm": "batch", "amp": False, "eval_every": 1,
+            "eval_size": 1000, "out": "runs/clirat-resnet18-s1", "resume": False, "compile": False,
+            "device": device,
+        }  # fmt: skip
+        usual = {"checkpoints": [Path("a.pt")], "arch": None, "data": "data", "n": None}
+        usual |= {"attacks": ["nat", "pgd20", "pgd100", "cw", "apgd", "aa"]}  # the paper's columns
+        usual |= {"eps": 8 / 255, "seed": 0, "json": None, "device": device}
+        for flag, size in ([], sizes[0]), (["--amp"], sizes[1]):
+            found = vars(eval_attacks.parse_args(["a.pt", *flag]))
+            assert found == usual | {"amp": bool(flag), "batch_size": size}
+    args = clirat.parse_args(["--method", "trades", "--arch", "wrn-32-10", "--seed", "7"])
+    assert (args.trade_off, args.out) == (5, "runs/trades-wrn-32-10-s7")
+
+
+TRAIN = [  # a flag, the first epoch whose row of the log it changes, and columns it changes there
+    ("--method mail-at", 2, "loss ess"),
+    ("--arch wrn-10-2", 1, "loss"),
+    ("--gamma 3", 2, "loss ess"),
+    ("--beta 0", 2, "loss ess"),
+    ("--trade-off 2", 1, "loss"),
+    ("--data other_images.npz", 1, "loss"),
+    ("--train-size 40", 1, "loss"),
+    ("--epochs 3", 2, "lr"),  # it drops an epoch later
+    ("--burn-in 2", 2, "loss ess"),
+    ("--lr-milestones 2", 2, "lr"),
+    ("--batch-size 25", 1, "loss"),
+    ("--lr 0.05", 1, "lr loss"),
+    ("--weight-decay 0.5", 1, "loss"),
+    ("--eps 4/255", 1, "loss"),
+    ("--step-size 1/255", 1, "loss"),
+    ("--steps 3", 1, "loss"),
+    ("--seed 2", 1, "loss"),
+    ("--exclude single", 2, "loss weight_single_cl"),
+    ("--weight-norm mail", 2, "loss"),
+    ("--amp", 1, "loss"),
+    ("--eval-every 2", 1, "nat pgd20"),
+    ("--eval-size 7", 1, "nat pgd20"),
+]
+EVALUATE = [  # a flag, and what changes of what an attack is called with
+    ("--attacks pgd20 cw", {"names": ["pgd20", "cw"], "batches": [9, 9]}),
+    ("--data other_test.npz", {"first": 220}),
+    ("--n 7", {"batches": [7]}),
+    ("--batch-size 4", {"batches": [4, 4, 1], "batch_size": 4, "names": ["pgd20"] * 3}),
+    ("--eps 4/255", {"eps": 4 / 255}),
+    ("--seed 5", {"seed": 5}),
+    ("--amp", {"dtype": torch.bfloat16}),
+    ("--device cuda:7", {"device": "cuda:7"}),
+]
+# --resume, --init: test_run_resume_and_init. --compile: test_amp_and_compile. --out: everywhere.
+# --arch of an evaluation: test_bad_input. --json: test_evaluation_files.
+
+
+def test_the_tables_have_every_flag(capsys):
+    for program, table, elsewhere in (
+        (clirat, TRAIN, {"--resume", "--init", "--compile", "--out", "--device"}),
+        (eval_attacks, EVALUATE, {"--arch", "--json"}),
+    ):
+        with pytest.raises(SystemExit, match="0"):
+            program.parse_args(["--help"])
+        flags = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+        assert {case[0].split()[0] for case in table} | elsewhere == flags
+
+
+@pytest.fixture(scope="session")
+def rows_of(desk, tmp_path_factory):
+    """A function of flags: the rows of the log that a run of two epochs with them has."""
+
+    @functools.cache
+    def rows(*flags):
+        out = tmp_path_factory.mktemp("run")
+        run(desk / "small.npz", "--epochs", "2", *flags, "--out", out)
+        return load(out / "last.pt")["log"]
+
+    return rows
+
+
+@pytest.mark.parametrize(("flag", "epoch", "columns"), TRAIN)
+def test_flags_of_training(flag, epoch, columns, rows_of, desk, monkeypatch):
+    monkeypatch.chdir(desk)
+    common = ["--method", "trades"] if "trade-off" in flag else []
+    usual, changed = rows_of(*common), rows_of(*common, *flag.split())
+    assert same(changed[: epoch - 1], usual[: epoch - 1])
+    before, now = usual[epoch - 1], changed[epoch - 1]
+    differing = {name for name in before if before[name] != now[name]} - {*TIMING}
+    assert {*columns.split()} <= differing
+    if "--eval" in flag:
+        assert {*columns.split()} == differing
+        assert changed[1]["loss"] == usual[1]["loss"]
+    assert len(changed) == 2 + ("--epochs" in flag)
+
+
+@pytest.mark.parametrize(("flag", "change"), EVALUATE)
+def test_flags_of_evaluation(flag, change, desk, tmp_path, monkeypatch):
+    monkeypatch.chdir(desk)
+    shutil.copy("run/last.pt", tmp_path)
+
+    def seen(*words):
+        noted = {"names": [], "batches": []}
+
+        def attack(model, x, y, *, name, judge, tick, index, **options):
+            noted["names"].append(name)
+            noted["batches"].append(len(x))
+            noted.setdefault("first", round(255 * x[0, 0, 0, 0].item()))
+            noted.update(options, dtype=next(model.parameters()).dtype)
+            return x
+
+        def device(name, amp):
+            noted["device"] = name
+            return torch.device("cpu")
+
+        for name in "pgd20", "cw":
+            monkeypatch.setitem(eval_attacks.ATTACKS, name, partial(attack, name=name))
+        monkeypatch.setattr(clirat, "join_processes", device)
+        for file in tmp_path.glob("*.npz"):
+            file.unlink()
+        usual = {"--attacks": ["pgd20"], "--data": ["small.npz"], "--n": ["9"]}
+        usual |= {"--device": ["cpu"], "--batch-size": ["64"]}
+        rest = [w for key, values in usual.items() if key not in words for w in (key, *values)]
+        eval_attacks.main([str(tmp_path / "last.pt"), *words, *rest])
+        return noted
+
+    usual, changed = seen(), seen(*flag.split())
+    assert {key: value for key, value in changed.items() if value != usual[key]} == change
+
+
+def test_device_of_training(data, tmp_path, monkeypatch):
+    asked = []
+
+    def device(*call):
+        asked.append(call)
+        return torch.device("cpu")
+
+    monkeypatch.setattr(clirat, "join_processes", device)
+    run(data, "--out", tmp_path, "--epochs", "1", "--device", "cuda:7")
+    assert asked == [("cuda:7", False)]
+
+
+def test_precision(data, straight, tmp_path, monkeypatch):
+    """TF32 in training, on CUDA; none in an evaluation, whatever was set before."""
+    found, backends, evaluate = [], torch.backends, eval_attacks.evaluate
+    nat_and_pgd20 = clirat.nat_and_pgd20
+
+    def trained(*args):
+        found.append((torch.get_float32_matmul_precision(), backends.cudnn.benchmark))
+        return nat_and_pgd20(*args)
+
+    def evaluated(*args, **options):
+        found.append((backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32))
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(clirat, "nat_and_pgd20", trained)
+    monkeypatch.setattr(eval_attacks, "evaluate", evaluated)
+    run(data, "--out", tmp_path, "--epochs", "1")
+    backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = True
+    evaluate_files(tmp_path / "last.pt", "--data", data, "--attacks", "nat")
+    assert found == [("high", True), ("high", True), (False, False)]
 
 
 # ---- Run folders ---------------------------------------------------------------------------------
@@ -322,7 +501,8 @@ def test_run_resume_and_init(data, straight, tmp_path, monkeypatch):
     run(data, "--out", burn, "--method", "at")
     run(data, "--out", tmp_path / "init", "--init", burn / "burnin.pt")  # another's burn-in
     run(data, "--out", tmp_path / "init-at", "--init", burn / "burnin.pt", "--method", "at")
-    assert same_run(straight, tmp_path / "resumed")
+    for name in "best", "burnin", "last":
+        assert same(load(straight / f"{name}.pt"), load(tmp_path / "resumed" / f"{name}.pt"))
     assert same_run(straight, tmp_path / "init")
     assert same_run(burn, tmp_path / "init-at")
 
@@ -341,6 +521,61 @@ def test_run_resume_and_init(data, straight, tmp_path, monkeypatch):
     for path in (tmp_path / "early").glob("*.pt"):
         path.unlink()
     run(data, "--out", tmp_path / "early", "--lr", "0.01")  # such a folder is free
+
+
+def test_resume_remembers_the_best(data, tmp_path, monkeypatch):
+    figures = iter([(0.1, 0.3), (0.9, 0.2), (0.5, 0.1), (0.5, 0.1)])
+    monkeypatch.setattr(clirat, "nat_and_pgd20", lambda *_: next(figures))
+    stopped_run(data, tmp_path, monkeypatch, after=1)
+    clirat.main(["--resume", "--device", "cpu", "--out", str(tmp_path)])
+    best, last = load(tmp_path / "best.pt"), load(tmp_path / "last.pt")
+    assert (best["epoch"], best["best"]) == (1, 0.3)
+    assert (last["epoch"], last["best"]) == (3, 0.3)
+
+
+def test_what_is_written_when(data, tmp_path, monkeypatch, capsys):
+    """Every file is renamed into place, and one that others lean on comes after them."""
+    targets, replace = [], os.replace
+
+    def noted(old, new):
+        targets.append(Path(new).name)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", noted)
+    figures = iter([(0.1, 0.2), (0.1, 0.3), (0.5, 0.1), (0.25, 0.125)])
+    monkeypatch.setattr(clirat, "nat_and_pgd20", lambda *_: next(figures))
+    run(data, "--out", tmp_path, "--burn-in", "2")
+    order = ["args.json", "best.pt", "last.pt", "log.csv", "best.pt", "burnin.pt", "last.pt"]
+    assert targets == [*order, "log.csv", "last.pt", "log.csv"]
+    assert {path.name for path in tmp_path.iterdir()} == {*targets}
+
+    shown = capsys.readouterr().out.splitlines()
+    images = "50 training and 30 test images (3, 8, 8)"
+    assert shown[0] == f"clirat, wrn-10-1 on cpu: {data}, {images}; into {tmp_path}"
+    assert shown[3].startswith("epoch 3, loss ")
+    assert re.search(r", ess [01]\S*, seconds \S+, nat 0.5, pgd20 0.1, 0:00:00 left$", shown[3])
+    assert shown[4] == "NAT 25.00  PGD-20 12.50  (%, last epoch, all 30 test images)"
+    assert (
+        shown[5] == f"Evaluate it: python eval_attacks.py {tmp_path}/last.pt --data {data} --n 30"
+    )
+
+    files = [load(tmp_path / f"{name}.pt") for name in ("best", "burnin", "last")]
+    keys = {"model", "optimizer", "epoch", "best", "log", "args"}
+    assert [file.keys() - keys for file in files] == [{"selected_by"}, set(), set()]
+    last, args = files[2], json.loads((tmp_path / "args.json").read_text())
+    assert all(file["args"] == args for file in files)
+    assert args.keys() & {"out", "resume", "device", "compile"} == set()
+    assert args["digest"] == clirat.digest(*clirat.load_data(str(data)))
+    titles, *rows = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()]
+    assert titles == list(last["log"][0])
+    written = [[float(cell) for cell in row] for row in rows]
+    assert written == [pytest.approx([*row.values()], rel=1e-5) for row in last["log"]]
+
+    targets.clear()
+    words = ["--data", data, "--n", "9", "--attacks", "nat", "--json", tmp_path / "figures.json"]
+    before = {*tmp_path.iterdir()}
+    evaluate_files(tmp_path / "last.pt", *words)
+    assert {path.name for path in {*tmp_path.iterdir()} - before} == {*targets}
 
 
 def test_resume_wants_args_json_and_last_pt_of_one_run(data, straight, tmp_path, capsys):
@@ -468,6 +703,7 @@ def desk(data, straight, tmp_path_factory):
     images, labels = arrays["x_train"], arrays["y_train"]
     bad = {
         "other_images": {"x_train": images ^ 1},
+        "other_test": {"x_test": arrays["x_test"] ^ 1},
         "float_images": {"x_train": images.astype(np.float32)},
         "grey_images": {"x_train": images[..., :1]},
         "negative_labels": {"y_train": labels - 1},
@@ -588,9 +824,8 @@ def test_evaluation_files(data, straight, tmp_path, capsys):
     options = ["--data", data.with_name("test.npz"), "--attacks", "nat", "pgd20", "--json", figures]
     for n, eps in ((10, "1/255"), (10, "8/255"), (30, "1/255")):
         evaluate_files(path, *options, "--n", n, "--eps", eps)
-    rows = capsys.readouterr().out.strip().splitlines()[-3:]
-    assert rows[0] == "| checkpoint | n | eps | NAT | PGD20 |"
-    assert rows[2].startswith(f"| {path} | 30 | 1/255 | ")
+    first, _, *rows = capsys.readouterr().out.strip().splitlines()[-5:]
+    assert first == f"{data.with_name('test.npz')}: 30 of 30 test images (3, 8, 8), on cpu"
     (told,), (net, _) = json.loads(figures.read_text()), models.load(path)
     x, y = clirat.load_data(str(data), ["test"])
     expected = eval_attacks.evaluate(net, x, y, ["nat", "pgd20"], eps=1 / 255)
@@ -598,14 +833,56 @@ def test_evaluation_files(data, straight, tmp_path, capsys):
     assert sorted((s["n"], s["eps"]) for _, s in kept) == [
         (10, 1 / 255), (10, 8 / 255), (30, 1 / 255),
     ]  # fmt: skip
-    verdicts, settings = next(item for item in kept if item[1]["n"] == 30)
+    (verdicts, settings), cells = next(item for item in kept if item[1]["n"] == 30), []
     for name in "nat", "pgd20":
         assert torch.equal(verdicts[name], expected[name])
-        assert told["attacks"][name]["robust"] == (expected[name] == 0).sum()
+        figures, k = told["attacks"][name], (expected[name] == 0).sum().item()
+        low, high = (100 * end for end in eval_attacks.wilson(k, 30))
+        assert figures == {"robust": k, "accuracy": 100 * k / 30, "interval": [low, high]}
+        cells.append(f"{100 * k / 30:.2f} [{low:.1f}, {high:.1f}]")
+    assert rows == [
+        "| checkpoint | n | eps | NAT | PGD20 |",
+        "| --- | --- | --- | --- | --- |",
+        f"| {path} | 30 | 1/255 | {' | '.join(cells)} |",
+    ]
     assert settings["training"]["method"] == "clirat"
     assert settings["training"]["lr_milestones"] == [2, 2]
     assert settings["dataset"] == "test.npz"
     assert eval_attacks.wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # by a table
+
+
+def test_what_verdicts_stand_for(monkeypatch):
+    net, (x, y) = small_network(), small_images(9)
+    x = (255 * x).byte()
+    args = argparse.Namespace(n=9, eps=0.1, seed=0, amp=False, data="some/small.npz")
+
+    def file(path="a.pt", x=x, y=y, **change):
+        changed = argparse.Namespace(**vars(args) | change)
+        found = eval_attacks.verdict_file(changed, Path("runs", path), net, {"epoch": 3}, x, y)
+        return found[0], found[1]["dataset"]
+
+    usual = file()[0]
+    assert (usual.parent, usual.name[:5], usual.suffix) == (Path("runs"), "a.pt.", ".npz")
+    assert file() == (usual, "small.npz")
+    assert file(data="elsewhere/small.npz")[0] == usual  # the data is known by what it is
+    others = [file("b.pt")[0], file(n=8)[0], file(eps=0.2)[0], file(seed=1)[0], file(amp=True)[0]]
+    x[8, 2, 7, 7] += 1
+    others.append(file()[0])
+    x[8, 2, 7, 7] -= 1
+    others.append(file(y=y.flip(0))[0])
+    for t in net[4].bias, net[1].running_mean:  # parameters and buffers
+        with torch.no_grad():
+            t[0] += 1
+            others.append(file()[0])
+            t[0] -= 1
+    monkeypatch.setattr(eval_attacks, "VERSION", 0)
+    others.append(file()[0])
+    assert len({usual, *others}) == 11
+    monkeypatch.setattr(eval_attacks, "CIFAR10", sum(zlib.crc32(image.numpy()) for image in x))
+    assert [file(x=x)[1], file(x=x.flip(0))[1], file(x=x[1:])[1]] == [
+        *["CIFAR-10"] * 2,
+        "small.npz",
+    ]
 
 
 def test_the_papers_rows():
