@@ -455,7 +455,7 @@ def test_doubts_reach_python_users(output, message, monkeypatch):
 
 def test_masking():
     figures = {"pgd20": 50.0, "aa": 48.0, "fab-t": 50.0, "square": 50.0}
-    cases = ({}, 0), ({"aa": 46.0}, 1), ({"square": 49.0}, 1)
+    cases = ({}, 0), ({"aa": 46.0}, 1), ({"pgd100": 52.0}, 1), ({"square": 49.0}, 1)
     for change, expected in cases:
         found = {name: {"accuracy": value} for name, value in (figures | change).items()}
         assert len(eval_attacks.masking(found)) == expected

@@ -40,6 +40,10 @@ ROOT = Path(clirat.__file__).parent
 # ---- Networks and checkpoints --------------------------------------------------------------------
 
 
+SIZES = {"resnet18": 11_173_962, "wrn-28-10": 36_479_194, "wrn-34-10": 46_160_474}  # as published
+SIZES |= {"wrn-32-10": SIZES["wrn-34-10"]}  # counted differently
+
+
 def test_resnet18_is_torchvisions():
     net, peer = models.build("resnet18"), torchvision.models.resnet18(num_classes=10)
     peer.conv1, peer.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
@@ -47,6 +51,12 @@ def test_resnet18_is_torchvisions():
     names = [k.replace("shortcut", "downsample").replace("linear", "fc") for k in state]
     peer.load_state_dict(dict(zip(names, state.values(), strict=True)))
     torch.testing.assert_close(net(x), peer(x))
+
+
+def test_sizes_of_networks():
+    with torch.device("meta"):
+        nets = {name: models.build(name) for name in SIZES}
+    assert {k: sum(p.numel() for p in net.parameters()) for k, net in nets.items()} == SIZES
 
 
 def test_wrn_by_hand():
@@ -190,7 +200,7 @@ def test_setup():
 
 
 def test_best_is_by_pgd20_on_test_images(data, tmp_path, monkeypatch):
-    figures, seen = iter([(0.1, 0.3), (0.9, 0.2), (0.2, 0.2), (0.5, 0.1)]), []
+    figures, seen = iter([(0.1, 0.3), (0.9, 0.2), (0.2, 0.3), (0.5, 0.1)]), []
 
     def accuracy(args, net, attack, x, y):
         seen.append((x, y))
@@ -206,6 +216,11 @@ def test_best_is_by_pgd20_on_test_images(data, tmp_path, monkeypatch):
     for images, labels in seen:
         assert torch.equal(images, x[: len(images)])
         assert torch.equal(labels, y[: len(images)])
+    figures = iter([(0.1, 0.0), (0.1, 0.1)])
+    run(data, "--out", tmp_path / "2", "--eval-every", "2")
+    assert load(tmp_path / "2" / "best.pt")["epoch"] == 2  # of those that were evaluated
+    run(data, "--out", tmp_path / "0", "--eval-every", "0")
+    assert not (tmp_path / "0" / "best.pt").exists()
 
 
 @pytest.mark.parametrize(("step", "value"), [(1, math.nan), (3, 0.0), (4, math.nan)])
@@ -250,12 +265,12 @@ def test_accuracy_in_training():
     assert clirat.nat_and_pgd20(args, net, attack, images, y) == [0, 0]
 
 
-def test_pgd20_is_at_the_eps_of_the_run(data, tmp_path, monkeypatch):
+def test_pgd20_is_at_the_eps_of_the_run(data, tmp_path, monkeypatch, capsys):
     made, fast_pgd = [], clirat.fast_pgd
 
-    def noted(net, *args, **options):
-        made.append(options)
-        return fast_pgd(net, *args, **options)
+    def noted(net, dtype=None, compiled=False, **options):
+        made.append(options | ({"dtype": dtype} if dtype else {}))
+        return fast_pgd(net, dtype, compiled, **options)
 
     monkeypatch.setattr(clirat, "fast_pgd", noted)
     run(data, "--out", tmp_path, "--epochs", "1", "--eps", "0.01", "--step-size", "0.004")
@@ -263,6 +278,28 @@ def test_pgd20_is_at_the_eps_of_the_run(data, tmp_path, monkeypatch):
         {"steps": 2, "step_size": 0.004, "eps": 0.01, "loss": "ce"},
         {"steps": 20, "step_size": 0.003, "eps": 0.01},
     ]
+    assert capsys.readouterr().out.endswith(f"/last.pt --data {data} --eps 0.01 --n 30\n")
+    made.clear()
+    run(data, "--out", tmp_path / "trades", "--epochs", "1", "--method", "mart", "--amp")
+    half = {"steps": 2, "step_size": 2 / 255, "eps": 8 / 255, "loss": "ce", "dtype": torch.bfloat16}
+    assert made == [half, {"steps": 20, "step_size": 0.003, "eps": 8 / 255}]
+
+
+def test_fats_tau():
+    """0, from epoch 51 of 120 on 1, from epoch 91 on 2; the other methods never stop early."""
+    net, (x, y) = small_network(), small_images(4)
+    taus, images = [], (255 * x).byte()
+
+    def attack(x, y, start, tau):
+        taus.append(tau.item())
+        return x, y
+
+    for method, epochs in ("fat", (1, 50, 51, 90, 91, 120)), ("at", (1, 120)):
+        args = clirat.parse_args(["--method", method])
+        for epoch in epochs:
+            optimizer = torch.optim.SGD(net.parameters(), 0.1)
+            clirat.train_epoch(args, epoch, net, attack, optimizer, images, y)
+    assert taus == [0, 0, 1, 1, 2, 2, 10, 10]
 
 
 def test_a_replay_leaves_earlier_results_alone(fake_cuda):
@@ -281,18 +318,24 @@ def test_the_path_of_cuda_graphs(data, straight, tmp_path, fake_cuda):
 
 @pytest.mark.parametrize("options", ["--amp", "--compile", "--amp --method mail-trades"])
 def test_amp_and_compile(options, data, straight, tmp_path, monkeypatch):
-    compiled, compile_ = [], torch.compile
+    compiled, compile_, casts, autocast = [], torch.compile, [], torch.autocast
 
     def noted(model, **options):
         compiled.append(type(model))
         return compile_(model, backend="aot_eager", **options)
 
+    def cast(*args, enabled):
+        casts.append((*args, enabled))
+        return autocast(*args, enabled=enabled)
+
     monkeypatch.setattr(torch, "compile", noted)
+    monkeypatch.setattr(torch, "autocast", cast)
     run(data, "--out", tmp_path / "run", *options.split())
     log, exact = (
         torch.load(o / "last.pt", weights_only=True)["log"] for o in (tmp_path / "run", straight)
     )
     assert compiled == [models.Folded] * options.count("--compile")
+    assert {*casts} == {("cpu", torch.bfloat16, "--amp" in options)}
     if "trades" not in options:  # later epochs drift apart
         assert log[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.05)
     assert all(math.isfinite(row["loss"]) for row in log)
@@ -544,6 +587,9 @@ def test_what_is_written_when(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "replace", noted)
     figures = iter([(0.1, 0.2), (0.1, 0.3), (0.5, 0.1), (0.25, 0.125)])
     monkeypatch.setattr(clirat, "nat_and_pgd20", lambda *_: next(figures))
+    clock = iter(range(100))  # a second a look at it
+    fake = types.SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr(clirat, "time", fake)
     run(data, "--out", tmp_path, "--burn-in", "2")
     order = ["args.json", "best.pt", "last.pt", "log.csv", "best.pt", "burnin.pt", "last.pt"]
     assert targets == [*order, "log.csv", "last.pt", "log.csv"]
@@ -552,8 +598,8 @@ def test_what_is_written_when(data, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out.splitlines()
     images = "50 training and 30 test images (3, 8, 8)"
     assert shown[0] == f"clirat, wrn-10-1 on cpu: {data}, {images}; into {tmp_path}"
-    assert shown[3].startswith("epoch 3, loss ")
-    assert re.search(r", ess [01]\S*, seconds \S+, nat 0.5, pgd20 0.1, 0:00:00 left$", shown[3])
+    assert re.search(r"^epoch 1, loss .*, seconds 2, nat 0.1, pgd20 0.2, 0:00:06 left$", shown[1])
+    assert re.search(r"^epoch 3, .*, ess 0\.\d+, .*, nat 0.5, pgd20 0.1, 0:00:00 left$", shown[3])
     assert shown[4] == "NAT 25.00  PGD-20 12.50  (%, last epoch, all 30 test images)"
     assert (
         shown[5] == f"Evaluate it: python eval_attacks.py {tmp_path}/last.pt --data {data} --n 30"
@@ -617,15 +663,17 @@ def test_what_a_kill_left_goes_and_nothing_else(data, tmp_path):
 
 
 def test_temporary_files(tmp_path, monkeypatch):
-    names, replace = [], os.replace
+    names, replace, synced, fsync = [], os.replace, [], os.fsync
 
     def noted(old, new):
+        assert len(synced) == len(names) + 1  # or a power cut could leave an empty file
         names.append(Path(old).name)
         if len(names) == 2:
             raise OSError("full")
         replace(old, new)
 
     monkeypatch.setattr(os, "replace", noted)
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(fsync(file)))
     clirat.write(tmp_path / "a", b"1")
     with pytest.raises(OSError, match="full"):
         clirat.write(tmp_path / "a", b"2")
@@ -666,6 +714,7 @@ BAD = {
         ("--init run/burnin.pt --burn-in 0", "no epoch after 0"),
         ("--init run/burnin.pt --epochs 1", "no epoch after 0"),
         ("--init run/last.pt --epochs 4 --method mail-at", "no epoch after 1"),
+        ("--init run/last.pt --epochs 9 --burn-in 5", "no epoch after 1"),
         ("--out small.npz", "small.npz"),
         ("--out pile", "already holds a run: choose another --out, or --resume"),
         ("--out nothing --resume", "no run to resume"),
@@ -752,6 +801,37 @@ def test_bad_input(program, words, message, desk, capsys, monkeypatch):
     assert message in err.splitlines()[-1]
     assert len(err.splitlines()) <= 1 + err.startswith("usage: ")
     assert contents(desk) == before
+
+
+def test_toy_data():
+    x, y, x_test, y_test = clirat.load_data("toy")
+    assert (x.shape, x_test.shape) == ((2000, 3, 16, 16), (500, 3, 16, 16))
+    assert all(map(torch.equal, (x, y, x_test, y_test), clirat.load_data("toy")))
+    assert all(map(torch.equal, (x_test, y_test), clirat.load_data("toy", ["test"])))
+    assert torch.unique(torch.cat([x, x_test]), dim=0).shape[0] == 2500  # no image twice
+    mean = torch.stack([x[y == k].double().mean((0, 2, 3)) for k in range(10)])  # (10, 3)
+    torch.testing.assert_close(
+        (mean - 127.5).norm(dim=1), torch.full((10,), 34.0).double(), atol=3, rtol=0
+    )
+    nearest = torch.cdist(x_test.double().mean((2, 3)), mean).argmin(1)
+    assert (nearest == y_test).double().mean() > 0.9
+
+
+def test_cifar10_files(tmp_path, monkeypatch):
+    asked = []
+
+    def fake(folder, train, download):
+        asked.append((Path(folder), train, download))
+        images = np.full((12 if train else 11, 8, 8, 3), train, np.uint8)
+        return types.SimpleNamespace(data=images, targets=[i % 2 for i in range(len(images))])
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", fake)
+    x, y, x_test, y_test = clirat.load_data(str(tmp_path))
+    assert [len(x), len(y), len(x_test), len(y_test)] == [12, 12, 11, 11]
+    assert (x == 1).all()
+    assert (x_test == 0).all()
+    assert torch.equal(clirat.load_data(str(tmp_path), ["test"])[0], x_test)
+    assert asked == [(tmp_path, True, True), (tmp_path, False, True), (tmp_path, False, True)]
 
 
 def test_cifar10_folders(tmp_path, monkeypatch):
@@ -870,11 +950,11 @@ def test_what_verdicts_stand_for(monkeypatch):
     others.append(file()[0])
     x[8, 2, 7, 7] -= 1
     others.append(file(y=y.flip(0))[0])
-    for t in net[4].bias, net[1].running_mean:  # parameters and buffers
-        with torch.no_grad():
-            t[0] += 1
-            others.append(file()[0])
-            t[0] -= 1
+    for t in net[4].bias.data, net[1].running_mean:  # parameters and buffers
+        before = t.clone()
+        t += 1
+        others.append(file()[0])
+        t.copy_(before)
     monkeypatch.setattr(eval_attacks, "VERSION", 0)
     others.append(file()[0])
     assert len({usual, *others}) == 11
@@ -883,6 +963,25 @@ def test_what_verdicts_stand_for(monkeypatch):
         *["CIFAR-10"] * 2,
         "small.npz",
     ]
+
+
+def test_several_checkpoints(data, straight, tmp_path, monkeypatch, capsys):
+    paths, figures = [tmp_path / f"{i}.pt" for i in range(2)], tmp_path / "figures.json"
+    for path, trained_on in zip(paths, ("toy", str(data)), strict=True):
+        checkpoint = load(straight / "last.pt")
+        checkpoint["args"]["data"] = trained_on
+        torch.save(checkpoint, path)
+    row = lambda settings, attacks: [f"their {name}" for name in attacks]  # noqa: E731
+    monkeypatch.setattr(eval_attacks, "paper_row", row)
+    words = ["--data", data, "--attacks", "pgd20", "nat", "--json", figures]
+    evaluate_files(*paths, *words)
+    out, err = capsys.readouterr()
+    first, theirs, second, again = out.splitlines()[-4:]
+    assert [first.split()[1], second.split()[1]] == [*map(str, paths)]
+    cells = "the paper's clirat, wrn-10-1 | ? | 8/255 | their pgd20 | their nat"
+    assert theirs == again == f"| {cells} |"
+    assert [told["checkpoint"] for told in json.loads(figures.read_text())] == [*map(str, paths)]
+    assert err == f"warning: {paths[0]}: trained on toy, evaluated on {data}\n"
 
 
 def test_the_papers_rows():
@@ -1030,8 +1129,20 @@ def work(rank, world, folder):
     known[0] = 1 if rank == world - 1 else -1  # what the last process alone has read in a file
     options = {"eps": 0.02, "batch_size": 4, "verdicts": {"pgd20": known}}
     verdicts = eval_attacks.evaluate(net, (x * 255).byte(), y, attacks, **options)
-    results = {"verdicts": verdicts}
+    args = clirat.parse_args(["--batch-size", "4"])
+    untouched = lambda x, y, start: (x, None)  # noqa: E731
+    accuracy = clirat.nat_and_pgd20(args, net, untouched, (x * 255).byte(), net(x).argmax(1))
+    results = {"verdicts": verdicts, "accuracy": accuracy}
+    words = f"--epochs 1 --batch-size 6 --steps 1 --eval-every 0 --out {folder}"
+    args, state = clirat.parse_args(words.split()), {"epoch": 0, "best": -1.0, "log": []}
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    clirat.train(args, ((x * 255).byte(), y, None, None), net, optimizer, state)
+    for ours in net.buffers():  # each process has seen other images
+        lead = ours.clone()
+        dist.broadcast(lead, 0) if world > 1 else None
+        assert torch.equal(ours, lead)
     clirat.augment = lambda x: x / 255  # the processes would draw their own
+    torch.manual_seed(0)
     x, y = torch.randint(256, (24, 3, 8, 8), dtype=torch.uint8), torch.arange(24) % 5
     for words in ("clirat", "clir-trades", "mail-mart", "clirat --exclude single"):
         torch.manual_seed(0)
@@ -1058,5 +1169,6 @@ def test_two_processes_equal_one(tmp_path):
         work(0, 1, tmp_path)
     one, two = (torch.load(tmp_path / f"results-{world}.pt") for world in (1, 2))
     assert same(one.pop("verdicts"), two.pop("verdicts"))
+    assert one.pop("accuracy") == two.pop("accuracy") == [1, 1]
     for words in one:
         torch.testing.assert_close(one[words], two[words], atol=1e-5, rtol=1e-4)

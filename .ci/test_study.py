@@ -15,7 +15,9 @@ import torch
 
 import clirat
 import eval_attacks
+import models
 from clirat import METHODS
+from conftest import small_network
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / ".figures")]
 import study
@@ -109,6 +111,13 @@ def test_table_compares_like_with_like(tmp_path, capsys):
     assert found[1] == ["test images", "", "40", "40"]
     assert found[2][2:] == ["50.00", ""]
     assert found[-2] == ["clirat - at", "1", "+0.00", ""]  # none differs: no interval of no width
+    in_bfloat16 = make("mart", 1, {"nat": some}, amp=True)
+    assert rows(in_bfloat16)[1] == ["test images", "", "40 (--amp)"]
+    nat_alone = make("at", 2, {"nat": some}), make("at", 1, {"pgd20": some})
+    assert rows(two[0], *nat_alone)[2] == ["at", "2", "50.00 ± 0.00", "50.00 (1 of the seeds)"]
+    stopped = make("at", 3, {"nat": some}, more={"epoch": 60})
+    names = [row[0] for row in rows(two[0], stopped)[2:]]
+    assert {"at, epoch 120", "at, epoch 60"} <= {*names}
     points = torch.zeros(1, 100)
     for differing, shown in (9, False), (10, True):
         points[0, :differing] = 100
@@ -176,6 +185,11 @@ def test_study(data, tmp_path, monkeypatch, capsys):
     (moved / "clirat-wrn-10-1-s1" / "log.csv").unlink()
     assert study.main([word.replace(str(tmp_path), str(moved)) for word in words]) == 0
     assert commands[0].endswith("--resume")
+    capsys.readouterr()
+    two_seeds = WORDS.replace("clirat at fat mail-at", "at --seeds 1 2").split()
+    assert study.main([*two_seeds, *words[len(WORDS.split()) :]]) == 0
+    row = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| at |")][-1]
+    assert row.startswith("| at | 2 | ")
     new = [word.replace(str(tmp_path), str(tmp_path / "new")) for word in words]
     for command, option, message in (
         (words, "--lr 0.5", "was started with lr 0.1, not 0.5"),
@@ -191,6 +205,28 @@ def test_study(data, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         study.main(words)
     assert "holds no run to resume" in capsys.readouterr().err
+
+
+def test_what_a_study_starts(data, tmp_path, monkeypatch):
+    words = ["--methods", "at", "--seeds", "1", "2", "--data", str(data), "--out", str(tmp_path)]
+    words += ["--seconds", "1000"]
+    started, run = [], lambda command, until, held: started.append((command, until)) or 0
+    monkeypatch.setattr(study, "run", run)
+    args = study.parse_args(words)
+    assert study.study(args, 1000, None) == 1  # nothing came of it
+    seeds = [command[command.index("--seed") + 1] for command, _ in started]
+    assert seeds == ["1", "2"]
+    assert [until for _, until in started] == [pytest.approx(850)] * 2
+
+    monkeypatch.setattr(study, "epochs_of", lambda folder: 120)
+    monkeypatch.setattr(models, "load", lambda path: (small_network(5), {}))
+    for options, amps in (["--eps", "1/10"], [False, True, False]), (["--amp"], [True] * 3):
+        started.clear()
+        args = study.parse_args([*words, "--", *options])
+        study.study(args, 1000, None)
+        assert [until for _, until in started] == [1000] * 6
+        assert ["--amp" in command for command, _ in started] == amps * 2
+        assert all(("--eps 0.1" in " ".join(c)) == ("--eps" in options) for c, _ in started)
 
 
 @pytest.mark.parametrize("burn_in", ["0", "2"])
