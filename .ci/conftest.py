@@ -1,6 +1,7 @@
 """What the tests of this folder share: small networks, small data, a finished run."""
 
 import contextlib
+import io
 import types
 from functools import partial
 
@@ -79,6 +80,11 @@ def straight(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "straight"
     run(data, "--out", out)
     return out
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
 class FakeGraph:

@@ -1,6 +1,5 @@
 """python -m pytest -q .ci/test_attacks.py    attacks against loops, closed forms and each other."""
 
-import io
 import math
 import sys
 import types
@@ -15,7 +14,7 @@ from torch import nn
 import eval_attacks
 import models
 from clirat import pgd, pm
-from conftest import linear_network, small_images, small_network
+from conftest import Terminal, linear_network, small_images, small_network
 
 # ---- Formulas ------------------------------------------------------------------------------------
 
@@ -459,11 +458,6 @@ def test_masking():
     for change, expected in cases:
         found = {name: {"accuracy": value} for name, value in (figures | change).items()}
         assert len(eval_attacks.masking(found)) == expected
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 def test_progress_of_an_evaluation(monkeypatch):

@@ -32,7 +32,7 @@ import clirat
 import eval_attacks
 import models
 from clirat import pgd
-from conftest import TIMING, load, run, same, same_run, small_images, small_network
+from conftest import TIMING, Terminal, load, run, same, same_run, small_images, small_network
 
 ROOT = Path(clirat.__file__).parent
 
@@ -314,6 +314,17 @@ def test_the_path_of_cuda_graphs(data, straight, tmp_path, fake_cuda):
     assert same_run(straight, tmp_path / "run")
     sizes = [shapes[0][0] for shapes in fake_cuda]
     assert sorted(sizes) == [10, 10, 20, 20]  # of the batches in training, of those in evaluation
+
+
+def test_progress_of_a_training(monkeypatch):
+    clock = iter(range(0, 1000, 10))  # ten seconds a batch
+    fake = types.SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr(clirat, "time", fake)
+    monkeypatch.setattr("sys.stderr", Terminal())
+    assert list(clirat.progress(["a", "b"], "epoch 1/3", 3)) == ["a", "b"]
+    lines = sys.stderr.getvalue().replace("\033[K", "").split("\r")[1:]
+    # a batch took 20 seconds, the first look at the clock included, and 5 are left
+    assert lines == ["epoch 1/3, batch 1/2, estimating", "epoch 1/3, batch 2/2, 0:01:40 left", ""]
 
 
 @pytest.mark.parametrize("options", ["--amp", "--compile", "--amp --method mail-trades"])
@@ -1172,3 +1183,25 @@ def test_two_processes_equal_one(tmp_path):
     assert one.pop("accuracy") == two.pop("accuracy") == [1, 1]
     for words in one:
         torch.testing.assert_close(one[words], two[words], atol=1e-5, rtol=1e-4)
+
+
+def test_torchrun(data, straight, tmp_path):
+    def launched(*words):
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+        command = [sys.executable, *command, *map(str, words), "--device", "cpu", "--data", data]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    train = "clirat.py --arch wrn-10-1 --batch-size 20 --steps 2 --epochs 2 --out"
+    out = launched(*train.split(), tmp_path)
+    assert [line.split()[0] for line in out.splitlines()] == [
+        "clirat,", "epoch", "epoch", "NAT", "Evaluate"
+    ]  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in straight.iterdir()}
+    path, attacks = tmp_path / "last.pt", ["nat", "pgd20"]
+    out = launched("eval_attacks.py", path, "--attacks", *attacks)
+    assert [line.count("|") for line in out.splitlines()] == [0, 0, 6, 6, 6]
+    verdicts, _ = eval_attacks.read_verdicts(*tmp_path.glob("last.pt.*.npz"))
+    (net, _), images = models.load(path), clirat.load_data(str(data), ["test"])
+    assert same(verdicts, eval_attacks.evaluate(net, *images, attacks, eps=8 / 255))
