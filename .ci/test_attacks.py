@@ -452,6 +452,15 @@ def test_doubts_reach_python_users(output, message, monkeypatch):
     assert len(texts) == bool(message)
 
 
+def test_few_zero_gradients_are_no_doubt():
+    x, y = small_images(64)
+    for dead, found in (1, 0), (2, 1):  # 1.6% and 3.1%
+        alive = (torch.arange(64) >= dead)[:, None]
+        net = small_network().eval()
+        model = lambda x, net=net, alive=alive: torch.where(alive, net(x), 0.5)  # noqa: E731
+        assert len(eval_attacks.doubts(model, x, y)) == found
+
+
 def test_masking():
     figures = {"pgd20": 50.0, "aa": 48.0, "fab-t": 50.0, "square": 50.0}
     cases = ({}, 0), ({"aa": 46.0}, 1), ({"pgd100": 52.0}, 1), ({"square": 49.0}, 1)

@@ -285,6 +285,25 @@ def test_pgd20_is_at_the_eps_of_the_run(data, tmp_path, monkeypatch, capsys):
     assert made == [half, {"steps": 20, "step_size": 0.003, "eps": 8 / 255}]
 
 
+def test_a_lone_image_is_left_out():
+    batches = clirat.shuffled(41, 20, "cpu")
+    assert [len(batch) for batch in batches] == [20, 20]
+    assert len(torch.cat(batches).unique()) == 40
+    assert [len(batch) for batch in clirat.shuffled(42, 20, "cpu")] == [20, 20, 2]
+
+
+def test_exclude_can_drop_all():
+    net, (x, _) = small_network(), small_images(8)
+    net[4].weight.data[:] = 0
+    net[4].bias.data = -torch.arange(10.0)
+    args = clirat.parse_args(["--exclude", "multi", "--batch-size", "8"])
+    optimizer, y = torch.optim.SGD(net.parameters(), 0.1), torch.full((8,), 9)
+    attack = lambda x, y, start, tau: (x, y)  # noqa: E731
+    row = clirat.train_epoch(args, 76, net, attack, optimizer, (255 * x).byte(), y)
+    found = [row[name] for name in ("loss", "multi_cl", "weight_multi_cl", "ess")]
+    assert found == pytest.approx([0, 1, 0, 0], abs=1e-9)
+
+
 def test_fats_tau():
     """0, from epoch 51 of 120 on 1, from epoch 91 on 2; the other methods never stop early."""
     net, (x, y) = small_network(), small_images(4)
@@ -565,6 +584,10 @@ def test_run_resume_and_init(data, straight, tmp_path, monkeypatch):
     clirat.main([*resume, str(tmp_path / "init"), "--data", copy])  # needs --init's file no longer
     kept = json.loads((tmp_path / "init" / "args.json").read_text())
     assert (kept["init"], kept["data"]) == (str(burn / "burnin.pt"), copy)
+    (tmp_path / "fresh").mkdir()  # stopped before its first epoch was saved
+    (tmp_path / "fresh" / "args.json").write_text(json.dumps(kept | {"init": str(moved)}))
+    clirat.main([*resume, str(tmp_path / "fresh")])
+    assert same_run(straight, tmp_path / "fresh")
     torch.save(load(moved) | {"best": 1.0}, moved)
     run(data, "--out", tmp_path / "other", "--init", moved, "--weight-decay", "0.1")
     forked = load(tmp_path / "other" / "last.pt")
@@ -843,6 +866,10 @@ def test_cifar10_files(tmp_path, monkeypatch):
     assert (x_test == 0).all()
     assert torch.equal(clirat.load_data(str(tmp_path), ["test"])[0], x_test)
     assert asked == [(tmp_path, True, True), (tmp_path, False, True), (tmp_path, False, True)]
+    monkeypatch.chdir(tmp_path)  # where the default, and it alone, need not be there yet
+    assert torch.equal(clirat.load_data("data")[0], x)
+    with pytest.raises(FileNotFoundError):
+        clirat.load_data("dota")
 
 
 def test_cifar10_folders(tmp_path, monkeypatch):
@@ -974,6 +1001,16 @@ def test_what_verdicts_stand_for(monkeypatch):
         *["CIFAR-10"] * 2,
         "small.npz",
     ]
+
+
+def test_what_was_asked_is_not_asked_again(data, straight, tmp_path, monkeypatch, capsys):
+    shutil.copy(straight / "last.pt", tmp_path)
+    words = [tmp_path / "last.pt", "--data", data, "--attacks", "nat", "pgd20"]
+    evaluate_files(*words)
+    first = capsys.readouterr().out
+    monkeypatch.setitem(eval_attacks.ATTACKS, "pgd20", None)  # cannot be called
+    evaluate_files(*words)
+    assert capsys.readouterr().out == first
 
 
 def test_several_checkpoints(data, straight, tmp_path, monkeypatch, capsys):
@@ -1108,6 +1145,26 @@ def test_in_a_thread(data, tmp_path):
     thread.join(60)
     assert any(tmp_path.glob("last.pt.*.npz"))
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_ctrl_c(data, straight, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    shutil.copy(straight / "last.pt", tmp_path)
+    monkeypatch.setattr(eval_attacks, "evaluate", stop)
+    with pytest.raises(SystemExit, match="130"):
+        evaluate_files(tmp_path / "last.pt", "--data", data)
+    said = "\neval_attacks.py: stopped: Ctrl-C; the same command goes on from there\n"
+    assert capsys.readouterr().err == said
+    figures = iter([(0.1, 0.1)])
+    accuracy = lambda *_: next(figures, None) or stop()  # noqa: E731  in the second epoch
+    monkeypatch.setattr(clirat, "nat_and_pgd20", accuracy)
+    with pytest.raises(SystemExit, match="130"):
+        run(data, "--out", tmp_path / "run")
+    said = f"stopped: Ctrl-C; 1 epochs are saved: --resume --out {tmp_path}/run goes on\n"
+    assert capsys.readouterr().err == f"\nclirat.py: {said}"
+    assert load(tmp_path / "run" / "last.pt")["epoch"] == 1
 
 
 def test_a_closed_pipe(data, tmp_path):
