@@ -586,9 +586,12 @@ def test_run_resume_and_init(data, straight, tmp_path, monkeypatch):
     assert (kept["init"], kept["data"]) == (str(burn / "burnin.pt"), copy)
     (tmp_path / "fresh").mkdir()  # stopped before its first epoch was saved
     (tmp_path / "fresh" / "args.json").write_text(json.dumps(kept | {"init": str(moved)}))
+    burnin = load(moved)
+    burnin["model"]["fc.bias"] += 1
+    torch.save(burnin | {"best": 1.0}, moved)
     clirat.main([*resume, str(tmp_path / "fresh")])
-    assert same_run(straight, tmp_path / "fresh")
-    torch.save(load(moved) | {"best": 1.0}, moved)
+    assert load(tmp_path / "fresh" / "last.pt")["log"][0] == burnin["log"][0]
+    assert not same_run(straight, tmp_path / "fresh")  # for it went on from there
     run(data, "--out", tmp_path / "other", "--init", moved, "--weight-decay", "0.1")
     forked = load(tmp_path / "other" / "last.pt")
     assert forked["optimizer"]["param_groups"][0]["weight_decay"] == 0.1
