@@ -227,6 +227,27 @@ def test_points_leave_at_their_first_success():
     assert ticks == [7 * len(points) for _, _, points in calls]
 
 
+def test_a_point_the_judge_keeps_goes_on():
+    def attack(points, _, active):  # wrong at every step, it thinks
+        for step in 1, 2, 3:
+            yield torch.full((len(points), 3, 2, 2), step / 10), torch.ones_like(active)
+
+    def judge(x):  # fooled from 0.2 on
+        return torch.stack([x[:, 0, 0, 0] < 0.15, x[:, 0, 0, 0] > 0.15], 1).float()
+
+    x, y = torch.zeros(2, 3, 2, 2), torch.tensor([0, 0])
+    x_adv = eval_attacks.in_batches(attack, x, y, 2, passes=1, judge=judge)
+    assert (x_adv == 0.2).all()
+
+
+@pytest.mark.parametrize("name", ["pgd20", "pgd100", "cw", "apgd", "apgd-t", "square", "aa"])
+def test_seeds_differ(name):
+    (x, _), net = small_images(), small_network().eval()
+    y, attack = net(x).argmax(1), (eval_attacks.ATTACKS | eval_attacks.STAGES)[name]
+    one, two = (attack(net, x, y, eps=0.3, seed=seed) for seed in (0, 1))  # fools them at once
+    assert ((one != two).flatten(1).any(1)).all()
+
+
 def test_the_judge_has_the_last_word():
     (x, y), net, other = small_images(), small_network(), small_network()
     other[4].weight.data += 0.02 * torch.randn_like(other[4].weight)

@@ -56,6 +56,12 @@ def test_resnet18_is_torchvisions():
 def test_sizes_of_networks():
     with torch.device("meta"):
         nets = {name: models.build(name) for name in SIZES}
+        for depth in range(30):
+            if depth in (8, 10, 14, 16, 20, 22, 26, 28):  # 6n + 2, 6n + 4
+                assert len(models.build(f"wrn-{depth}-1").block1.layer) == (depth - 2) // 6
+            else:
+                with pytest.raises(ValueError, match="unknown architecture"):
+                    models.build(f"wrn-{depth}-1")
     assert {k: sum(p.numel() for p in net.parameters()) for k, net in nets.items()} == SIZES
 
 
@@ -1011,7 +1017,8 @@ def test_what_was_asked_is_not_asked_again(data, straight, tmp_path, monkeypatch
     words = [tmp_path / "last.pt", "--data", data, "--attacks", "nat", "pgd20"]
     evaluate_files(*words)
     first = capsys.readouterr().out
-    monkeypatch.setitem(eval_attacks.ATTACKS, "pgd20", None)  # cannot be called
+    for name in "nat", "pgd20":
+        monkeypatch.setitem(eval_attacks.ATTACKS, name, None)  # cannot be called
     evaluate_files(*words)
     assert capsys.readouterr().out == first
 
@@ -1024,6 +1031,8 @@ def test_several_checkpoints(data, straight, tmp_path, monkeypatch, capsys):
         torch.save(checkpoint, path)
     row = lambda settings, attacks: [f"their {name}" for name in attacks]  # noqa: E731
     monkeypatch.setattr(eval_attacks, "paper_row", row)
+    monkeypatch.setattr(eval_attacks, "doubts", lambda model, x, y: [f"up to {x.max():.0f}"])
+    monkeypatch.setattr(eval_attacks, "masking", lambda figures: [", ".join(figures)])
     words = ["--data", data, "--attacks", "pgd20", "nat", "--json", figures]
     evaluate_files(*paths, *words)
     out, err = capsys.readouterr()
@@ -1031,8 +1040,12 @@ def test_several_checkpoints(data, straight, tmp_path, monkeypatch, capsys):
     assert [first.split()[1], second.split()[1]] == [*map(str, paths)]
     cells = "the paper's clirat, wrn-10-1 | ? | 8/255 | their pgd20 | their nat"
     assert theirs == again == f"| {cells} |"
-    assert [told["checkpoint"] for told in json.loads(figures.read_text())] == [*map(str, paths)]
-    assert err == f"warning: {paths[0]}: trained on toy, evaluated on {data}\n"
+    told = json.loads(figures.read_text())
+    assert [of["checkpoint"] for of in told] == [*map(str, paths)]
+    warnings = ["up to 1", "pgd20, nat", f"trained on toy, evaluated on {data}"]
+    assert [of["warnings"] for of in told] == [warnings, warnings[:2]]
+    said = [f"warning: {of['checkpoint']}: {text}" for of in told for text in of["warnings"]]
+    assert err.splitlines() == said
 
 
 def test_the_papers_rows():
@@ -1245,7 +1258,7 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(one[words], two[words], atol=1e-5, rtol=1e-4)
 
 
-def test_torchrun(data, straight, tmp_path):
+def test_torchrun(data, tmp_path):
     def launched(*words):
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
         command = [sys.executable, *command, *map(str, words), "--device", "cpu", "--data", data]
@@ -1258,7 +1271,8 @@ def test_torchrun(data, straight, tmp_path):
     assert [line.split()[0] for line in out.splitlines()] == [
         "clirat,", "epoch", "epoch", "NAT", "Evaluate"
     ]  # fmt: skip
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in straight.iterdir()}
+    names = {"args.json", "best.pt", "burnin.pt", "last.pt", "log.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == names
     path, attacks = tmp_path / "last.pt", ["nat", "pgd20"]
     out = launched("eval_attacks.py", path, "--attacks", *attacks)
     assert [line.count("|") for line in out.splitlines()] == [0, 0, 6, 6, 6]

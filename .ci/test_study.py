@@ -96,6 +96,9 @@ def test_table_compares_like_with_like(tmp_path, capsys):
     own = [name for name in names if name != "the paper's"]
     assert own == ["at", "clirat, gamma 10.0", "clirat, gamma 7.0", "clirat, gamma 10.0 - at"]
     assert len(names) - len(own) == 3  # the paper has no gamma 7 but in a figure
+    for change in {"exclude": "single"}, {"train_size": 100}:
+        other = make("clirat", 1, {"nat": some}, more=change)
+        assert [row[0] for row in rows(other)[2:]] == ["clirat"]  # not in the paper's tables
     longer = make("clirat", 1, {"nat": some}, more={"epoch": 121, "epochs": 121})
     assert not any(" - " in row[0] for row in rows(two[0], longer))
     best = {"selected_by": "PGD-20"}
@@ -240,14 +243,17 @@ def test_study_without_a_burn_in_to_share(burn_in, tmp_path):
 def test_study_bounds_its_parts(tmp_path, monkeypatch, capfd):
     stops = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
     hangs = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
-    texts = {"stops.py": stops, "hangs.py": hangs, "ends.py": "raise SystemExit(3)"}
+    holds = "import os, sys\nfiles = [f'/proc/self/fd/{n}' for n in os.listdir('/proc/self/fd')]\n"
+    holds += "held = [f for f in files if os.path.realpath(f).endswith('.study.lock')]\n"
+    holds += "sys.exit(3 if held else 4)"
+    texts = {"stops.py": stops, "hangs.py": hangs, "holds.py": holds}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     for name, value in {"ROOT": tmp_path, "GRACE": 2, "SHORTEST": 1}.items():
         monkeypatch.setattr(study, name, value)
     held = study.lock(tmp_path, math.inf)
     begun = time.monotonic()
-    assert study.run(["ends.py"], math.inf, held) == 3
+    assert study.run(["holds.py"], math.inf, held) == 3  # the lock, as long as it lives
     assert study.run(["stops.py"], time.monotonic() + 5, held) == 0
     assert study.run(["hangs.py"], time.monotonic() + 5, held) == -signal.SIGKILL
     assert study.run(["stops.py"], time.monotonic() + 0.9, held) is None
