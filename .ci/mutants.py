@@ -1351,6 +1351,42 @@ the paper's row under --train-size | .figures/table.py | table_compares
 -if not usual or training.get("exclude") or training.get("train_size"):
 +if not usual or training.get("exclude"):
 
+--seed below 0 | clirat.py | bounds
+-add("--seed", "of the weights and the data's order", 1, type=number(int, 0, 400_000))
++add("--seed", "of the weights and the data's order", 1, type=int)
+
+--batch-size 1 | clirat.py | bounds
+-128, type=number(int, 2))
++128, type=positive)
+
+--eps above 1 | clirat.py | bounds
+-"8/255", type=number(float, 0, 1))
++"8/255", type=real)
+
+evaluation: --n 0 | eval_attacks.py | bounds
+-add("--n", type=number(int, 1)
++add("--n", type=number(int, 0)
+
+log.csv behind last.pt stays so | clirat.py | run_resume
+-            if state["log"]:  # a kill can come between last.pt and log.csv
++            if False:
+
+images a second of a batch | clirat.py | written
+-len(x_train) / row["seconds"]
++args.batch_size / row["seconds"]
+
+progress: an epoch too few | clirat.py | progress
+-args.epochs - epoch + 1):  # l.2
++args.epochs - epoch):  # l.2
+
+labels are not looked at before an evaluation | eval_attacks.py | verdicts
+-if len(y) != len(x) or not 0 <= y.min() <= y.max() < classes:
++if False:
+
+--amp on any CPU without a note | clirat.py | bfloat16
+-if amp and device.type == "cpu" and
++if False and
+
 checkpoints may run code | models.py | refused
 -weights_only=True
 +weights_only=False

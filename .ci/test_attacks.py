@@ -201,8 +201,9 @@ def test_attacks_by_name():
         alone = eval_attacks.ATTACKS[name](net, x[7:8], y[7:8], eps=eps, index=torch.tensor([7]))
         torch.testing.assert_close(alone, images[7:8])
     assert eval_attacks.STAGES["apgd-t"].keywords == {"loss": "targeted"}
-    with pytest.raises(ValueError, match="want index"):
-        eval_attacks.apgd(net, x, y, eps=eps, index=torch.arange(3))
+    for index in torch.arange(3), torch.arange(12) - 1:
+        with pytest.raises(ValueError, match="want index"):
+            eval_attacks.apgd(net, x, y, eps=eps, index=index)
     with pytest.raises(RuntimeError, match="left the ball"):
         eval_attacks.verdict(net, x, y, (x + 0.1).clamp(max=1), 0.05, 5)
 
@@ -387,6 +388,9 @@ def test_evaluate_keeps_and_reuses_verdicts():
     assert (half != asked["apgd"]).sum() <= 2
     with pytest.raises(TypeError, match="uint8"):
         evaluate(net, x / 255, y, ["nat"])
+    for labels in y[:19], y + 1, y - 1:
+        with pytest.raises(ValueError, match="labels"):
+            evaluate(net, x, labels, ["nat"])
     with pytest.raises(ValueError, match="unknown attacks magic"):
         evaluate(net, x, y, ["magic"])
 

@@ -341,7 +341,7 @@ def test_the_path_of_cuda_graphs(data, straight, tmp_path, fake_cuda):
     assert sorted(sizes) == [10, 10, 20, 20]  # of the batches in training, of those in evaluation
 
 
-def test_progress_of_a_training(monkeypatch):
+def test_progress_of_a_training(data, tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 10))  # ten seconds a batch
     fake = types.SimpleNamespace(perf_counter=lambda: next(clock))
     monkeypatch.setattr(clirat, "time", fake)
@@ -350,6 +350,19 @@ def test_progress_of_a_training(monkeypatch):
     lines = sys.stderr.getvalue().replace("\033[K", "").split("\r")[1:]
     # a batch took 20 seconds, the first look at the clock included, and 5 are left
     assert lines == ["epoch 1/3, batch 1/2, estimating", "epoch 1/3, batch 2/2, 0:01:40 left", ""]
+    parts, progress = [], clirat.progress
+
+    def noted(batches, label, passes=1):
+        parts.append((len(batches), label, passes))
+        return progress(batches, label, passes)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(clirat, "progress", noted)
+    run(data, "--out", tmp_path, "--epochs", "2", "--eval-size", "7")
+    assert parts == [
+        (3, "epoch 1/2", 2), (1, "evaluation", 1), (3, "epoch 2/2", 1), (1, "evaluation", 1),
+        (2, "evaluation", 1),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", ["--amp", "--compile", "--amp --method mail-trades"])
@@ -400,6 +413,46 @@ def test_defaults(monkeypatch):
             assert found == usual | {"amp": bool(flag), "batch_size": size}
     args = clirat.parse_args(["--method", "trades", "--arch", "wrn-32-10", "--seed", "7"])
     assert (args.trade_off, args.out) == (5, "runs/trades-wrn-32-10-s7")
+
+
+BOUNDS = {  # flag -> the last value that is taken and the first that is not, at each end
+    "--gamma": "0 -1e-9",
+    "--trade-off": "0 -1",
+    "--train-size": "1 0",
+    "--epochs": "1 0",
+    "--burn-in": "0 -1",
+    "--lr-milestones": "0 -1",
+    "--batch-size": "2 1",
+    "--lr": "0 -1",
+    "--weight-decay": "0 -1",
+    "--eps": "0 -1 1 1.01",
+    "--step-size": "0 -1",
+    "--steps": "1 0",
+    "--seed": "0 -1 400000 400001",
+    "--eval-every": "0 -1",
+    "--eval-size": "1 0",
+}
+BOUNDS_OF_EVALUATION = {"--n": "1 0", "--batch-size": "1 0", "--eps": "0 -1 1 1.01"}
+BOUNDS_OF_EVALUATION |= {"--seed": f"0 -1 {2**31} {2**31 + 1}"}
+
+
+def test_bounds(capsys):
+    trades, wide = ["--method", "trades"], ["--beta=-1e9", "--beta=1/3", "--lr-milestones"]
+    for program, bounds, common in (
+        (clirat, BOUNDS, []),
+        (eval_attacks, BOUNDS_OF_EVALUATION, ["a.pt"]),
+    ):
+        for flag, values in bounds.items():
+            words = [*common, *(trades if flag == "--trade-off" else [])]
+            for i, value in enumerate(values.split()):
+                if i % 2 == 0:
+                    program.parse_args([*words, f"{flag}={value}"])
+                    continue
+                with pytest.raises(SystemExit, match="2"):
+                    program.parse_args([*words, f"{flag}={value}"])
+                assert f"argument {flag}: invalid finite" in capsys.readouterr().err
+    args = clirat.parse_args(wide)
+    assert (args.beta, args.lr_milestones) == (1 / 3, [])
 
 
 TRAIN = [  # a flag, the first epoch whose row of the log it changes, and columns it changes there
@@ -603,6 +656,10 @@ def test_run_resume_and_init(data, straight, tmp_path, monkeypatch):
     assert forked["optimizer"]["param_groups"][0]["weight_decay"] == 0.1
     assert forked["best"] == max(row["pgd20"] for row in forked["log"][1:])  # its own
 
+    stopped_run(data, tmp_path / "late", monkeypatch, after=3)  # all trained, the log is behind
+    clirat.main([*resume, str(tmp_path / "late")])
+    assert len((tmp_path / "late" / "log.csv").read_text().splitlines()) == 4
+
     stopped_run(data, tmp_path / "early", monkeypatch, after=0)  # at once: nothing is saved yet
     for path in (tmp_path / "early").glob("*.pt"):
         path.unlink()
@@ -659,6 +716,7 @@ def test_what_is_written_when(data, tmp_path, monkeypatch, capsys):
     assert titles == list(last["log"][0])
     written = [[float(cell) for cell in row] for row in rows]
     assert written == [pytest.approx([*row.values()], rel=1e-5) for row in last["log"]]
+    assert last["log"][0]["images_per_s"] == 25  # 50 in 2 seconds
 
     targets.clear()
     words = ["--data", data, "--n", "9", "--attacks", "nat", "--json", tmp_path / "figures.json"]
@@ -770,6 +828,7 @@ BAD = {
         ("nowhere.pt", "nowhere.pt"),
         ("run", "no file run"),
         ("truncated.pt", "truncated.pt"),
+        ("weights.pt nowhere.pt", "nowhere.pt"),  # before the first is evaluated
         ("weights.pt --arch resnet18", "layer1.0.conv1.weight"),
         ("weights.pt --arch bogus", "unknown architecture 'bogus'"),
         ("weights.pt --data toy", "5 classes"),
@@ -930,6 +989,13 @@ def test_missing_classes_are_said(data, tmp_path, capsys):
     torch.save(models.build("wrn-10-1", 100).state_dict(), tmp_path / "last.pt")
     evaluate_files(*words, data)
     assert "knows 100 classes, the 30 images are of 5\n" in capsys.readouterr().err
+
+
+def test_a_cpu_without_fast_bfloat16_is_said(monkeypatch, capsys):
+    for cpu, amp, said in ("AVX2", True, True), ("AVX2", False, False), ("AVX512", True, False):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda cpu=cpu: cpu)
+        clirat.join_processes("cpu", amp)
+        assert ("leave out --amp" in capsys.readouterr().err) == said
 
 
 def test_any_device_of_pytorch():
