@@ -287,7 +287,7 @@ def load_weights(net, state, path):
         raise ValueError(f"{path} does not fit {type(net).__name__}: {'; '.join(found)}")
     if not all(value.isfinite().all() for value in state.values()):
         raise ValueError(f"{path} holds weights that are not finite")
-    net.load_state_dict(state, strict=False)
+    net.load_state_dict(state)
 
 
 def plain(values):

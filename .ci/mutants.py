@@ -1387,6 +1387,46 @@ labels are not looked at before an evaluation | eval_attacks.py | verdicts
 -if amp and device.type == "cpu" and
 +if False and
 
+--burn-in moves the learning rate's drop, too | clirat.py | flags_of_training
+-round(args.epochs * 75 / 120)
++args.burn_in or round(args.epochs * 75 / 120)
+
+exclude: normalised in each process | clirat.py | two_processes
+-weights /= gather(weights).mean()
++weights /= weights.mean()
+
+all processes but the lead draw the same | clirat.py | draw_their_own
+-torch.initial_seed() + 2**32 * rank
++torch.initial_seed() + 2**32
+
+seeds overlap | clirat.py | algorithm_1 and clirat
+-torch.manual_seed(args.seed * 10_007 + epoch)
++torch.manual_seed(args.seed + epoch)
+
+a lock that readers share | eval_attacks.py | lock
+-fcntl.flock(folder, fcntl.LOCK_EX)
++fcntl.flock(folder, fcntl.LOCK_SH)
+
+Square: the window's place in a wide image | eval_attacks.py | wide
+-int((width - side) * right)
++int((height - side) * right)
+
+FGSM of 0.04 at most | eval_attacks.py | by_name
+-steps=1, step_size=1
++steps=1, step_size=0.04
+
+checkpoints of a GPU want one | models.py | gpu
+-torch.load(path, map_location="cpu", weights_only=True)
++torch.load(path, weights_only=True)
+
+table: seeds taken for independent | .figures/table.py | table_by_hand
+-half = 1.96 * points.mean(0).std() / n**0.5
++half = 1.96 * points.std() / points.numel() ** 0.5
+
+study: eps in six digits | .ci/study.py | study_starts
+-["--eps", str(args.eps)] if args.eps != 8 / 255
++["--eps", f"{args.eps:.6g}"] if args.eps != 8 / 255
+
 checkpoints may run code | models.py | refused
 -weights_only=True
 +weights_only=False

@@ -148,6 +148,20 @@ def test_square_goes_on_from_its_best():
     assert 0 < accepted < 300
 
 
+def test_square_reaches_all_of_a_wide_image():
+    x, seen = torch.full((1, 3, 4, 20), 0.5), []
+
+    def model(x):  # never fooled, never better off
+        seen.append(x.clone())
+        return torch.tensor([[1.0, 0.0]])
+
+    eval_attacks.square(model, x, torch.tensor([0]), eps=0.1, queries=300)
+    _, start, *tried = seen
+    touched = torch.cat([(z != start).any(1) for z in tried]).any(0)  # (4, 20)
+    assert touched[:, :-1].any(0).all()  # (published: the last place is never drawn)
+    assert touched[:-1].any(1).all()
+
+
 def test_square_leaves_a_tie_to_argmax():
     x, y = torch.tensor([0.2, 0.8]).view(2, 1, 1, 1).expand(2, 3, 4, 4), torch.tensor([0, 1])
 
@@ -184,7 +198,7 @@ def test_fab_against_its_formulas():
 
 
 def test_attacks_by_name():
-    (x, y), net, eps = small_images(), small_network().eval(), 0.03
+    (x, y), net, eps = small_images(), small_network().eval(), 0.3
     noise = eval_attacks.noise(x.shape[1:], torch.arange(12), 0)
     assert torch.equal(noise[5:6], eval_attacks.noise(x.shape[1:], torch.tensor([5]), 0))
     assert not torch.equal(noise, eval_attacks.noise(x.shape[1:], torch.arange(12), 1))

@@ -166,6 +166,12 @@ REFUSED = {
 }  # fmt: skip
 
 
+def test_checkpoints_of_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
+    torch.save(WRN, tmp_path / "a.pt")
+    assert same(models.load(tmp_path / "a.pt")[0].state_dict(), WRN)
+
+
 def refused(path, message):
     with pytest.raises(ValueError, match=message) as error:
         models.load(path)
@@ -289,6 +295,18 @@ def test_pgd20_is_at_the_eps_of_the_run(data, tmp_path, monkeypatch, capsys):
     run(data, "--out", tmp_path / "trades", "--epochs", "1", "--method", "mart", "--amp")
     half = {"steps": 2, "step_size": 2 / 255, "eps": 8 / 255, "loss": "ce", "dtype": torch.bfloat16}
     assert made == [half, {"steps": 20, "step_size": 0.003, "eps": 8 / 255}]
+
+
+def test_processes_draw_their_own(monkeypatch):
+    shares, draws = [], []
+    for rank in range(3):
+        monkeypatch.setattr(clirat, "rank_and_world", lambda rank=rank: (rank, 3))
+        torch.manual_seed(1)
+        shares += clirat.shuffled(34, 9, "cpu")
+        draws.append(torch.rand(1).item())
+    assert [len(share) for share in shares] == [3, 3, 3, 2] * 3
+    assert len(torch.cat(shares).unique()) == 33  # of one order
+    assert len({*draws}) == 3
 
 
 def test_a_lone_image_is_left_out():
@@ -526,6 +544,7 @@ def test_flags_of_training(flag, epoch, columns, rows_of, desk, monkeypatch):
     before, now = usual[epoch - 1], changed[epoch - 1]
     differing = {name for name in before if before[name] != now[name]} - {*TIMING}
     assert {*columns.split()} <= differing
+    assert ("lr" in differing) == ("lr" in columns)
     if "--eval" in flag:
         assert {*columns.split()} == differing
         assert changed[1]["loss"] == usual[1]["loss"]
@@ -831,7 +850,7 @@ BAD = {
         ("weights.pt nowhere.pt", "nowhere.pt"),  # before the first is evaluated
         ("weights.pt --arch resnet18", "layer1.0.conv1.weight"),
         ("weights.pt --arch bogus", "unknown architecture 'bogus'"),
-        ("weights.pt --data toy", "5 classes"),
+        ("weights.pt --data toy", "weights.pt knows 5 classes, toy has 10"),
         ("weights.pt --n 31", "31"),
         ("weights.pt --eps -1", "--eps"),
         ("weights.pt --attacks nat magic", "magic"),
@@ -1198,7 +1217,7 @@ def test_two_evaluations_at_once_lose_nothing(data, straight, tmp_path, capfd):
 def test_verdicts_wait_for_the_lock(tmp_path):
     path, verdicts = tmp_path / "a.npz", {"nat": torch.zeros(3, dtype=torch.int8)}
     held = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
+    fcntl.flock(held, fcntl.LOCK_SH)  # of another who reads: it wants to be alone
     thread = threading.Thread(target=eval_attacks.keep, args=(path, {}, verdicts))
     thread.start()
     thread.join(0.5)

@@ -223,13 +223,14 @@ def test_what_a_study_starts(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, "epochs_of", lambda folder: 120)
     monkeypatch.setattr(models, "load", lambda path: (small_network(5), {}))
-    for options, amps in (["--eps", "1/10"], [False, True, False]), (["--amp"], [True] * 3):
+    for options, amps in (["--eps", "1/30"], [False, True, False]), (["--amp"], [True] * 3):
         started.clear()
         args = study.parse_args([*words, "--", *options])
         study.study(args, 1000, None)
         assert [until for _, until in started] == [1000] * 6
         assert ["--amp" in command for command, _ in started] == amps * 2
-        assert all(("--eps 0.1" in " ".join(c)) == ("--eps" in options) for c, _ in started)
+        given = [c[c.index("--eps") + 1] for c, _ in started if "--eps" in c]
+        assert [*map(float, given)] == ([1 / 30] * 6 if "--eps" in options else [])
 
 
 @pytest.mark.parametrize("burn_in", ["0", "2"])
