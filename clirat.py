@@ -282,7 +282,7 @@ def shuffled(n, batch_size, device):
     rank, world = rank_and_world()
     order = torch.randperm(n, device=device)
     if rank:  # the order is that of all processes, what follows each one's own
-        torch.manual_seed(torch.initial_seed() + 2**32 * rank)
+        torch.manual_seed(torch.randint(2**31, (rank,))[-1])
     batches = order[: n // world * world].split(batch_size)
     # a lone image is left out: BatchNorm cannot train on its feature maps where they are 1 x 1
     return [batch[rank::world] for batch in batches if len(batch) > world]

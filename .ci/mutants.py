@@ -1396,8 +1396,8 @@ exclude: normalised in each process | clirat.py | two_processes
 +weights /= weights.mean()
 
 all processes but the lead draw the same | clirat.py | draw_their_own
--torch.initial_seed() + 2**32 * rank
-+torch.initial_seed() + 2**32
+-torch.randint(2**31, (rank,))[-1]
++torch.randint(2**31, (rank,))[0]
 
 seeds overlap | clirat.py | algorithm_1 and clirat
 -torch.manual_seed(args.seed * 10_007 + epoch)
