@@ -1,4 +1,4 @@
-"""python -m pytest -q .ci/test_programs.py    other people's files, command lines, processes."""
+"""python -m pytest -q .ci/test_programs.py    networks, runs, flags, files and processes."""
 
 import argparse
 import contextlib
@@ -433,44 +433,46 @@ def test_defaults(monkeypatch):
     assert (args.trade_off, args.out) == (5, "runs/trades-wrn-32-10-s7")
 
 
-BOUNDS = {  # flag -> the last value that is taken and the first that is not, at each end
-    "--gamma": "0 -1e-9",
-    "--trade-off": "0 -1",
-    "--train-size": "1 0",
-    "--epochs": "1 0",
-    "--burn-in": "0 -1",
-    "--lr-milestones": "0 -1",
-    "--batch-size": "2 1",
-    "--lr": "0 -1",
-    "--weight-decay": "0 -1",
-    "--eps": "0 -1 1 1.01",
-    "--step-size": "0 -1",
-    "--steps": "1 0",
-    "--seed": "0 -1 400000 400001",
-    "--eval-every": "0 -1",
-    "--eval-size": "1 0",
+BOUNDS = {  # of each number: the first and last that are taken, and those beside them that are not
+    clirat: {
+        "--gamma": ("0", "-1e-9"),
+        "--trade-off": ("0", "-1e-9"),
+        "--train-size": ("1", "0"),
+        "--epochs": ("1", "0"),
+        "--burn-in": ("0", "-1"),
+        "--lr-milestones": ("0", "-1"),
+        "--batch-size": ("2", "1"),
+        "--lr": ("0", "-1e-9"),
+        "--weight-decay": ("0", "-1e-9"),
+        "--eps": ("0 1", "-1e-9 1.01"),
+        "--step-size": ("0", "-1e-9"),
+        "--steps": ("1", "0"),
+        "--seed": ("0 400000", "-1 400001"),
+        "--eval-every": ("0", "-1"),
+        "--eval-size": ("1", "0"),
+        "--beta": ("-1e9 1e9 -1/3", "inf nan 1e999"),
+    },
+    eval_attacks: {
+        "--n": ("1", "0"),
+        "--batch-size": ("1", "0"),
+        "--eps": ("0 1", "-1e-9 1.01"),
+        "--seed": (f"0 {2**31}", f"-1 {2**31 + 1}"),
+    },
 }
-BOUNDS_OF_EVALUATION = {"--n": "1 0", "--batch-size": "1 0", "--eps": "0 -1 1 1.01"}
-BOUNDS_OF_EVALUATION |= {"--seed": f"0 -1 {2**31} {2**31 + 1}"}
 
 
-def test_bounds(capsys):
-    trades, wide = ["--method", "trades"], ["--beta=-1e9", "--beta=1/3", "--lr-milestones"]
-    for program, bounds, common in (
-        (clirat, BOUNDS, []),
-        (eval_attacks, BOUNDS_OF_EVALUATION, ["a.pt"]),
-    ):
-        for flag, values in bounds.items():
-            words = [*common, *(trades if flag == "--trade-off" else [])]
-            for i, value in enumerate(values.split()):
-                if i % 2 == 0:
-                    program.parse_args([*words, f"{flag}={value}"])
-                    continue
-                with pytest.raises(SystemExit, match="2"):
-                    program.parse_args([*words, f"{flag}={value}"])
-                assert f"argument {flag}: invalid finite" in capsys.readouterr().err
-    args = clirat.parse_args(wide)
-    assert (args.beta, args.lr_milestones) == (1 / 3, [])
+@pytest.mark.parametrize("program", BOUNDS)
+def test_bounds(program, capsys):
+    for flag, (taken, refused) in BOUNDS[program].items():
+        words = ["a.pt"] if program is eval_attacks else []
+        words += ["--method", "trades"] if flag == "--trade-off" else []
+        for value in taken.split():
+            program.parse_args([*words, f"{flag}={value}"])
+        for value in refused.split():
+            with pytest.raises(SystemExit, match="2"):
+                program.parse_args([*words, f"{flag}={value}"])
+            assert f"argument {flag}: invalid finite" in capsys.readouterr().err
+    assert clirat.parse_args(["--lr-milestones"]).lr_milestones == []  # none
 
 
 TRAIN = [  # a flag, the first epoch whose row of the log it changes, and columns it changes there
@@ -597,7 +599,7 @@ def test_device_of_training(data, tmp_path, monkeypatch):
     assert asked == [("cuda:7", False)]
 
 
-def test_precision(data, straight, tmp_path, monkeypatch):
+def test_precision(data, tmp_path, monkeypatch):
     """TF32 in training, on CUDA; none in an evaluation, whatever was set before."""
     found, backends, evaluate = [], torch.backends, eval_attacks.evaluate
     nat_and_pgd20 = clirat.nat_and_pgd20
