@@ -1,6 +1,6 @@
 """Apply small wrong edits one at a time to a copy of the code; each must fail a test.
 
-    python .ci/mutants.py                    about 20 minutes on one core
+    python .ci/mutants.py                    about an hour on one core
     python .ci/mutants.py "sign of gamma"    only those named, by full name
     python .ci/mutants.py --list             their names; which ones no longer fit the code
 
