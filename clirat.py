@@ -715,8 +715,7 @@ def setup(args, device, data, start):
         raise ValueError(f"{wanted} does not fit: there are {len(x_train)} training images")
     data = [t.to(device) for t in (x_train[:n], y_train[:n], x_test, y_test)]
     if (present := len(y_train[:n].unique())) < classes and is_lead():
-        said = f"the first {n} training images are of {present} of {classes} classes"
-        print(f"note: {said}", file=sys.stderr)
+        print(f"note: the first {n} images are of {present} of {classes} classes", file=sys.stderr)
     torch.manual_seed(args.seed)
     net = models.build(args.arch, int(classes)).to(device, memory_format=torch.channels_last)
     if world > 1 and device.type == "cuda":
@@ -766,7 +765,8 @@ def main(argv=None):
             words += ["--n", min(1000, len(data[3]))]
             print("Evaluate it:", shlex.join(map(str, words)), flush=True)
     except (KeyboardInterrupt, FloatingPointError, OSError) as error:
-        saved = f"{state['epoch']} epochs are saved: --resume --out {out} goes on"
+        saved = f"saved up to epoch {state['epoch']}: --resume --out {out} goes on"
+        saved = saved if (out / "last.pt").exists() else "nothing is saved yet: run it again"
         if is_lead():
             print(f"\nclirat.py: stopped: {str(error) or 'Ctrl-C'}; {saved}", file=sys.stderr)
         sys.stdout = None if isinstance(error, BrokenPipeError) else sys.stdout  # no second try

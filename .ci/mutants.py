@@ -1427,6 +1427,10 @@ study: eps in six digits | .ci/study.py | study_starts
 -["--eps", str(args.eps)] if args.eps != 8 / 255
 +["--eps", f"{args.eps:.6g}"] if args.eps != 8 / 255
 
+stopped: saved, whatever is there | clirat.py | ctrl_c
+-if (out / "last.pt").exists() else
++if state["epoch"] else
+
 checkpoints may run code | models.py | refused
 -weights_only=True
 +weights_only=False

@@ -999,7 +999,7 @@ def test_missing_classes_are_said(data, tmp_path, capsys):
     order = {part: np.argsort(arrays[f"y_{part}"], kind="stable") for part in ("train", "test")}
     np.savez(tmp_path / "sorted.npz", **{k: v[order[k[2:]]] for k, v in arrays.items()})
     run(tmp_path / "sorted.npz", "--out", tmp_path, "--epochs", "1", "--train-size", "25")
-    said = "note: the first 25 training images are of 3 of 5 classes\n"
+    said = "note: the first 25 images are of 3 of 5 classes\n"
     assert capsys.readouterr().err == said
     words = tmp_path / "last.pt", "--attacks", "nat", "--data"
     evaluate_files(*words, data)
@@ -1265,9 +1265,17 @@ def test_ctrl_c(data, straight, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(clirat, "nat_and_pgd20", accuracy)
     with pytest.raises(SystemExit, match="130"):
         run(data, "--out", tmp_path / "run")
-    said = f"stopped: Ctrl-C; 1 epochs are saved: --resume --out {tmp_path}/run goes on\n"
+    said = f"stopped: Ctrl-C; saved up to epoch 1: --resume --out {tmp_path}/run goes on\n"
     assert capsys.readouterr().err == f"\nclirat.py: {said}"
     assert load(tmp_path / "run" / "last.pt")["epoch"] == 1
+    fork = "--out", tmp_path / "fork", "--method", "mail-at", "--init", tmp_path / "run" / "last.pt"
+    with pytest.raises(SystemExit, match="130"):
+        run(data, *fork, "--epochs", "3")
+    said = "stopped: Ctrl-C; nothing is saved yet: run it again\n"
+    assert capsys.readouterr().err == f"\nclirat.py: {said}"
+    monkeypatch.undo()
+    run(data, *fork, "--epochs", "3")  # as it says
+    assert load(tmp_path / "fork" / "last.pt")["epoch"] == 3
 
 
 def test_a_closed_pipe(data, tmp_path):
@@ -1275,7 +1283,7 @@ def test_a_closed_pipe(data, tmp_path):
     train = ["clirat.py", "--arch", "wrn-10-1", "--batch-size", "20", "--epochs", "9999", *common]
     attack = ["eval_attacks.py", str(tmp_path / "last.pt"), "--attacks", "nat", *common]
     for command, hint in (
-        ([*train, "--out", str(tmp_path)], f"epochs are saved: --resume --out {tmp_path} goes on"),
+        ([*train, "--out", str(tmp_path)], f"--resume --out {tmp_path} goes on"),
         (attack, "the same command goes on from there"),
     ):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
