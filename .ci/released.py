@@ -1,0 +1,86 @@
+"""A training step of clirat.py against the code that MAIL's authors released: loss, gradient.
+
+    git clone https://github.com/QizhouWang/MAIL ../MAIL
+    python .ci/released.py ../MAIL CKPT DATA [--n 64]
+
+The paper builds on that code, which holds AT, TRADES and MART too. Ours is a whole step of
+`train_epoch` with `--weight-norm mail`, in float64, without augmentation. Both take the first N
+test images and the same noise; pixels are kept off 0 and 1, since that code does not clamp PGD's
+start.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import clirat
+import models
+
+METHODS = "at", "trades", "mart", "mail-at", "mail-trades", "mail-mart"
+
+
+def theirs(args, net, x, y):
+    """Loss and gradient (P,) of the released code, on images x (N, C, H, W) in [0, 1]."""
+    from at_loss import at_loss
+    from mail_loss import mail_loss
+
+    optimizer = torch.optim.SGD(net.parameters(), 1.0)
+    options = {"step_size": args.step_size, "epsilon": args.eps, "perturb_steps": args.steps}
+    options |= {"beta": args.trade_off or 0, "method": args.method}
+    torch.manual_seed(0)
+    if args.method.startswith("mail"):
+        loss = mail_loss(net, x, y, optimizer, bias=args.beta, slope=args.gamma, **options)
+    else:
+        loss = at_loss(net, x, y, optimizer, **options)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in net.parameters()])
+
+
+def ours(args, net, x, y):
+    """Loss and gradient (P,) of Algorithm 1: what an optimiser of rate 1 takes off."""
+    optimizer = torch.optim.SGD(net.parameters(), 1.0)
+    options = {"steps": args.steps, "step_size": args.step_size, "eps": args.eps}
+    options["loss"] = "kl" if clirat.METHODS[args.method].loss == "trades" else "ce"
+    before = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+
+    def in_order(n, batch_size, device):
+        torch.manual_seed(0)
+        return [torch.arange(n)]
+
+    with mock.patch.multiple(clirat, augment=lambda x: x, shuffled=in_order):
+        attack = clirat.fast_pgd(net, **options)
+        row = clirat.train_epoch(args, args.epochs, net, attack, optimizer, x, y)
+    return row["loss"], before - torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("released.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("mail", type=Path, help="folder of the released code")
+    parser.add_argument("checkpoint")
+    parser.add_argument("data")
+    parser.add_argument("--n", type=int, default=64, help="images (default: %(default)s)")
+    given = parser.parse_args(argv)
+    sys.path.insert(0, str(given.mail))
+    torch.Tensor.cuda = lambda tensor: tensor  # which that code calls
+    torch.set_default_dtype(torch.float64)
+    warnings.filterwarnings("ignore", "size_average")
+    x, y = (t[: given.n] for t in clirat.load_data(given.data, ["test"]))
+    x = x.clamp(6, 249).double() / 255
+    for method in METHODS:
+        args = clirat.parse_args(["--method", method, "--weight-norm", "mail"])
+        results = []
+        for step in theirs, ours:
+            net, _ = models.load(given.checkpoint)
+            results.append(step(args, net.double(), x, y))
+        (loss, grad), (our_loss, our_grad) = results
+        apart = (our_grad - grad).norm() / grad.norm()
+        print(f"{method}: loss {loss:.8f}, ours {our_loss:.8f}, gradients {apart:.1e} apart")
+
+
+if __name__ == "__main__":
+    main()
