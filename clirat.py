@@ -58,7 +58,7 @@ def cl_pm(probs, labels):
     CLs, otherwise the sum of p_y - p_j over its CLs.
 
     probs: (N, K) rows of probabilities, K >= 2, any float dtype. labels: (N,) integers in 0..K-1.
-    Returns (N,) in [-1, 1]: PM where there is at most one CL, less than PM where there are several,
+    Returns (N,) in [-1, 1] up to rounding: PM with at most one CL, less than PM with several,
     0 on a tie. ValueError on a wrong shape.
     """
     if labels.ndim != 1 or labels.shape != probs.shape[:-1] or probs.shape[-1] < 2:

@@ -36,22 +36,24 @@ def test_what_people_copy():
 
 
 def test_figures_by_hand():
-    """The largest of 128 weights, and MAIL's own margin and weights as ours."""
+    """The largest of 128 weights, and what MAIL's code calls otherwise."""
+    assert "(margin -0.9) among 127 right (0.9) gets 127.99" in README
     margins = torch.tensor([-0.9] + [0.9] * 127)
-    weights = clirat.instance_weights(margins, 10.0, -0.5)
-    assert "(margin -0.9) among 127 right ones (0.9) gets 127.99" in README
-    assert f"{weights[0].item():.2f}" == "127.99"
+    assert f"{clirat.instance_weights(margins, 10.0, -0.5)[0].item():.2f}" == "127.99"
+
     logits, y = torch.randn(50, 4, dtype=torch.float64), torch.arange(50) % 4
+    bias, slope, names = -0.5, 10.0, {**vars(clirat), "clirat": clirat}
+    names |= {"logits": logits, "y": y, "slope": slope, "bias": bias}
+    weights = re.search(r"becomes `(instance_weights\(cl_pm.*?\))`", README)[1]
+    margin = re.search(r"`PM\(logits, y\)` is `(.*?)`", README)[1]
     probs = logits.softmax(1)
     others = probs.masked_fill(F.one_hot(y, 4).bool(), 0).amax(1)
     theirs = others - probs[torch.arange(50), y]  # MAIL's PM
-    assert "is `-pm(probs, y)`" in README
-    torch.testing.assert_close(theirs, -clirat.pm(probs, y))
-    bias, slope = -0.5, 10.0
-    code = 'instance_weights(pm(probs, y), slope, bias, "mail")'
-    assert code in README
-    found = eval(code, {**vars(clirat), "probs": probs, "y": y, "slope": slope, "bias": bias})
-    torch.testing.assert_close(found, 3 * ((theirs + bias) * slope).sigmoid())
+    torch.testing.assert_close(eval(margin, names), theirs)
+    like_theirs = weights.replace("cl_pm", "pm").replace("bias)", 'bias, "mail")')
+    expected = 3 * ((theirs + bias) * slope).sigmoid()
+    torch.testing.assert_close(eval(like_theirs, names), expected)
+    assert eval(weights, names).mean().item() == pytest.approx(1)
 
 
 def test_table():
