@@ -1,10 +1,10 @@
 """A training step of clirat.py against the code that MAIL's authors released: loss, gradient.
 
     git clone https://github.com/QizhouWang/MAIL ../MAIL
-    python .ci/released.py ../MAIL CKPT DATA [--n 64]
+    python .ci/released.py ../MAIL CKPT DATA
 
 The paper builds on that code, which holds AT, TRADES and MART too. Ours is a whole step of
-`train_epoch` with `--weight-norm mail`, in float64, without augmentation. Both take the first N
+`train_epoch` with `--weight-norm mail`, in float64, without augmentation. Both take the first 64
 test images and the same noise; pixels are kept off 0 and 1, since that code does not clamp PGD's
 start.
 """
@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clirat
 import models
+from speed import attack_of
 
 METHODS = "at", "trades", "mart", "mail-at", "mail-trades", "mail-mart"
 
@@ -44,8 +45,6 @@ def theirs(args, net, x, y):
 def ours(args, net, x, y):
     """Loss and gradient (P,) of Algorithm 1: what an optimiser of rate 1 takes off."""
     optimizer = torch.optim.SGD(net.parameters(), 1.0)
-    options = {"steps": args.steps, "step_size": args.step_size, "eps": args.eps}
-    options["loss"] = "kl" if clirat.METHODS[args.method].loss == "trades" else "ce"
     before = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
 
     def in_order(n, batch_size, device):
@@ -53,8 +52,7 @@ def ours(args, net, x, y):
         return [torch.arange(n)]
 
     with mock.patch.multiple(clirat, augment=lambda x: x, shuffled=in_order):
-        attack = clirat.fast_pgd(net, **options)
-        row = clirat.train_epoch(args, args.epochs, net, attack, optimizer, x, y)
+        row = clirat.train_epoch(args, args.epochs, net, attack_of(args, net), optimizer, x, y)
     return row["loss"], before - torch.nn.utils.parameters_to_vector(net.parameters()).detach()
 
 
@@ -63,13 +61,12 @@ def main(argv=None):
     parser.add_argument("mail", type=Path, help="folder of the released code")
     parser.add_argument("checkpoint")
     parser.add_argument("data")
-    parser.add_argument("--n", type=int, default=64, help="images (default: %(default)s)")
     given = parser.parse_args(argv)
     sys.path.insert(0, str(given.mail))
     torch.Tensor.cuda = lambda tensor: tensor  # which that code calls
     torch.set_default_dtype(torch.float64)
     warnings.filterwarnings("ignore", "size_average")
-    x, y = (t[: given.n] for t in clirat.load_data(given.data, ["test"]))
+    x, y = (t[:64] for t in clirat.load_data(given.data, ["test"]))
     x = x.clamp(6, 249).double() / 255
     for method in METHODS:
         args = clirat.parse_args(["--method", method, "--weight-norm", "mail"])
