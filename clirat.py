@@ -197,11 +197,11 @@ def check_attack(x, y, eps):
 
 def pgd_start(x, init, eps):
     """Where PGD starts (l.5): "normal" x + 0.001 N(0, I), "uniform" in the ball, "none" at x."""
+    # not randn_like nor empty_like: noise would be in the order of the memory, channels last or not
     if init == "normal":  # as the base codes: at x itself TRADES' KL has no gradient
-        # not randn_like, which draws in the order of the memory, channels last or not
         return x + 0.001 * torch.randn(x.shape, device=x.device, dtype=x.dtype)
     if init == "uniform":
-        return x + torch.empty_like(x).uniform_(-eps, eps)
+        return x + torch.empty(x.shape, device=x.device, dtype=x.dtype).uniform_(-eps, eps)
     if init == "none":
         return x
     found = getattr(init, "shape", repr(init))

@@ -215,6 +215,15 @@ def test_pgd_invariants(loss, init, training):
     assert all(map(torch.equal, before, tensors))
 
 
+@pytest.mark.parametrize("init", ["normal", "uniform"])
+def test_pgd_starts_alike_in_any_memory_format(init):
+    starts = []
+    for memory_format in torch.contiguous_format, torch.channels_last:
+        torch.manual_seed(0)
+        starts.append(clirat.pgd_start(X.to(memory_format=memory_format), init, 0.1))
+    assert torch.equal(*starts)
+
+
 def test_pgd_starts_inside_the_ball():
     x_adv = pgd(small_network(), X, Y, eps=0.1, step_size=0.1, steps=0, init=X + 0.5)
     torch.testing.assert_close(x_adv, (X + 0.1).clamp(max=1))

@@ -265,7 +265,7 @@ def test_accuracy_in_training():
     found = clirat.nat_and_pgd20(args, net, spied, images, y)
     torch.manual_seed(0)
     x = images.to(memory_format=torch.channels_last) / 255
-    start = x + torch.empty_like(x).uniform_(-8 / 255, 8 / 255)
+    start = x + torch.empty(x.shape).uniform_(-8 / 255, 8 / 255)
     x_adv = pgd(net, x, y, eps=8 / 255, step_size=0.003, steps=20, init=start)
     torch.testing.assert_close(starts[0], start)
     torch.testing.assert_close(attack(x, y, start)[0], x_adv)
