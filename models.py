@@ -1,12 +1,13 @@
 """ResNet-18 and Wide ResNets for small images, with the state-dict keys of TRADES, MART and MAIL.
 
-Every network maps images in [0, 1], (N, 3, H, W), to logits, (N, K). Checkpoints of that family
-load here and ours load there.
+Every network maps images in [0, 1], (N, 3, H, W), to logits, (N, K).
 """
 
 import argparse
+import contextlib
 import copy
 import re
+from collections import Counter, OrderedDict
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -57,9 +58,8 @@ class ResNet18(nn.Module):
         self.linear = nn.Linear(512, num_classes)
 
     def forward(self, x):  # (N, 3, H, W) in [0, 1] -> (N, K)
-        out = F.relu_(self.bn1(self.conv1(x)))
-        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(pooled(out))
+        out = self.layer2(self.layer1(F.relu_(self.bn1(self.conv1(x)))))
+        return self.linear(pooled(self.layer4(self.layer3(out))))
 
 
 class WideBlock(nn.Module):
@@ -81,16 +81,11 @@ class WideBlock(nn.Module):
         return self.conv2(F.relu_(self.bn2(self.conv1(out)))).add_(shortcut)
 
 
-class WideStage(nn.Module):
-    """n blocks of one width. A class of its own only for the `layer` in the state-dict keys."""
-
-    def __init__(self, n, in_channels, out_channels, stride):
-        super().__init__()
-        rest = (WideBlock(out_channels, out_channels, 1) for _ in range(n - 1))
-        self.layer = nn.Sequential(WideBlock(in_channels, out_channels, stride), *rest)
-
-    def forward(self, x):
-        return self.layer(x)
+def wide_stage(n, in_channels, out_channels, stride):
+    """n blocks of one width, as `layer`, the name in the state-dict keys."""
+    rest = (WideBlock(out_channels, out_channels, 1) for _ in range(n - 1))
+    layer = nn.Sequential(WideBlock(in_channels, out_channels, stride), *rest)
+    return nn.Sequential(OrderedDict(layer=layer))
 
 
 class WideResNet(nn.Module):
@@ -99,14 +94,13 @@ class WideResNet(nn.Module):
     def __init__(self, n, widen, num_classes=10):
         super().__init__()
         self.conv1 = conv3x3(3, 16)
-        self.block1 = WideStage(n, 16, 16 * widen, 1)
-        self.block2 = WideStage(n, 16 * widen, 32 * widen, 2)
-        self.block3 = WideStage(n, 32 * widen, 64 * widen, 2)
+        self.block1 = wide_stage(n, 16, 16 * widen, 1)
+        self.block2 = wide_stage(n, 16 * widen, 32 * widen, 2)
+        self.block3 = wide_stage(n, 32 * widen, 64 * widen, 2)
         self.bn1 = nn.BatchNorm2d(64 * widen)
         self.fc = nn.Linear(64 * widen, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x):  # (N, 3, H, W) in [0, 1] -> (N, K)
@@ -115,28 +109,28 @@ class WideResNet(nn.Module):
 
 
 def build(name, num_classes=10):
-    """Return a freshly initialised network.
+    """A freshly initialised network: `resnet18` or `wrn-D-K`; ValueError on another name.
 
-    name: `resnet18` or `wrn-D-K`, where D is 6n+4 (Zagoruyko & Komodakis) or 6n+2 (Madry's count,
-    the paper's "WRN-32-10"). ValueError on any other.
+    D is 6n+4 (Zagoruyko & Komodakis) or 6n+2 (Madry's count, the paper's "WRN-32-10").
     """
     if name == "resnet18":
         return ResNet18(num_classes)
     match = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
     depth, widen = map(int, match.groups()) if match else (0, 0)
     if depth < 8 or depth % 6 not in (2, 4) or widen < 1:
-        hint = "use resnet18 or wrn-D-K with D = 6n+4 or 6n+2, such as wrn-32-10"
-        raise ValueError(f"unknown architecture {name!r}: {hint}")
+        raise ValueError(
+            f"unknown architecture {name!r}: use resnet18 or wrn-D-K, D = 6n+4 or 6n+2"
+        )
     return WideResNet((depth - 2) // 6, widen, num_classes)
 
 
 class Affine(nn.Module):
     """BatchNorm in eval mode as shift + scale x: its backward is one product and keeps no x."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, device=None):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
-        self.shift = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.scale = nn.Parameter(torch.ones(channels, 1, 1, device=device))
+        self.shift = nn.Parameter(torch.zeros(channels, 1, 1, device=device))
 
     def forward(self, x):
         # written out along a row: a loop over 16 channels is too short for a CPU's bfloat16
@@ -146,42 +140,59 @@ class Affine(nn.Module):
         return torch.addcmul(shift, x, scale)
 
 
+def foldable(net):
+    """[(BatchNorm, the convolution before it or None)], by name, of those that `Folded` replaces.
+
+    By the forward's graph: nobody else takes the convolution's output or weight. No graph: None.
+    """
+    modules, before = dict(net.named_modules()), {}
+    parameters = dict(net.named_parameters(remove_duplicate=False))
+    owners = Counter(map(id, parameters.values()))  # two for a tied weight, or a module's two names
+    with contextlib.suppress(Exception):  # a forward can do anything
+        nodes = torch.fx.Tracer().trace(net).nodes
+        uses = Counter(node.target for node in nodes)
+        for node in (n for n in nodes if n.op == "call_module" and n.args):
+            name = node.args[0].target
+            conv, weight = modules.get(name), f"{name}.weight"
+            once = uses[node.target] == uses[name] == len(node.args[0].users) == 1
+            own = weight not in uses and owners[id(parameters.get(weight))] == 1
+            if once and own and type(conv) is nn.Conv2d and conv.bias is None:
+                before[node.target] = name
+    kinds = nn.BatchNorm2d, nn.SyncBatchNorm
+    norms = {k: m for k, m in modules.items() if type(m) in kinds and m.running_mean is not None}
+    return [(k, before.get(k)) for k, m in norms.items() if owners[id(m.bias)] == 1]
+
+
+def keep_freed_memory():
+    """Free 33 MB: glibc then keeps such blocks; their page faults are a quarter of an attack."""
+    torch.empty(33_200_000, dtype=torch.uint8, device="cpu")
+
+
 class Folded(nn.Module):
     """A copy of a network to attack: the same function in eval mode, up to rounding, at less cost.
 
-    BatchNorm is folded into the convolution registered just before it, and elsewhere becomes
-    `Affine`: right for the networks of this file; in others the order of registration can deceive.
-    dtype: of the weights and activations; images and logits keep that of the images.
+    BatchNorm is folded into the convolution before it, and elsewhere becomes `Affine`. dtype: of
+    the weights and activations; images and logits keep that of the images.
     """
 
     def __init__(self, net, dtype=None):
         super().__init__()
-        # 33 MB, freed at once: glibc then keeps freed blocks of that size for the next pass, which
-        torch.empty(8_300_000)  # else pays a page fault for every 4 kB, a quarter of its time
-        self.net = copy.deepcopy(net).eval().requires_grad_(False)
-        self.folds = []  # (name of a BatchNorm, name of the convolution before it or None)
-        for prefix, module in list(self.net.named_modules()):
-            previous = None
-            for child_name, child in list(module.named_children()):
-                name = f"{prefix}.{child_name}" if prefix else child_name
-                if isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm):
-                    conv = self.net.get_submodule(previous) if previous else None
-                    if isinstance(conv, nn.Conv2d) and conv.bias is None:
-                        conv.bias = nn.Parameter(torch.zeros_like(child.bias))
-                        instead = nn.Identity()
-                    else:
-                        previous = None
-                        instead = Affine(child.num_features).to(child.weight.device)
-                    setattr(module, child_name, instead)
-                    self.folds.append((name, previous))
-                previous = name
+        keep_freed_memory()
+        self.net = copy.deepcopy(net).eval()
+        self.folds = foldable(self.net)
+        for bn_name, conv_name in self.folds:
+            bn = self.net.get_submodule(bn_name)
+            if conv_name:
+                self.net.get_submodule(conv_name).bias = nn.Parameter(torch.zeros_like(bn.bias))
+            instead = nn.Identity() if conv_name else Affine(bn.num_features, bn.bias.device)
+            self.net.set_submodule(bn_name, instead)
         self.net.to(dtype or next(net.parameters()).dtype).requires_grad_(False)
         self.refresh(net)
 
     @torch.no_grad()
     def refresh(self, net):
-        """Take over the weights of `net`, in place, as a CUDA graph needs it."""
-        fresh = dict(net.named_parameters())
+        """Take over the weights and buffers of `net`, in place, as a CUDA graph needs it."""
+        fresh = dict(net.named_parameters(remove_duplicate=False)) | dict(net.named_buffers())
         for bn_name, conv_name in self.folds:
             bn = net.get_submodule(bn_name)
             scale = bn.weight * (bn.running_var + bn.eps).rsqrt()  # (C,)
@@ -193,19 +204,37 @@ class Folded(nn.Module):
             else:
                 fresh[f"{bn_name}.scale"] = scale[:, None, None]
                 fresh[f"{bn_name}.shift"] = shift[:, None, None]
-        for name, parameter in self.net.named_parameters():
-            parameter.copy_(fresh[name])
+        for name, tensor in [*self.net.named_parameters(), *self.net.named_buffers()]:
+            tensor.copy_(fresh[name])
 
     def forward(self, x):
         return self.net(x.to(next(self.net.parameters()).dtype)).to(x.dtype)
+
+
+@torch.no_grad()
+def check_folding(net, x, dtype=None):
+    """ValueError where a network's `Folded` copy is another function on images, or fails in dtype.
+
+    With vectors, BatchNorm's among them, drawn at random: new ones would hide a wrong fold.
+    """
+    net, good = copy.deepcopy(net).eval(), False
+    for vector in (t for t in net.state_dict().values() if t.ndim == 1):
+        vector.uniform_(0.5, 1.5)
+    logits = net(x)
+    with contextlib.suppress(RuntimeError):
+        same = (Folded(net)(x) - logits).abs().max() < 0.01 * logits.abs().max()  # TF32: 0.001
+        good = same and Folded(net, dtype)(x).isfinite().all()
+    if not good:
+        hint = f"or fails in {dtype}: does its forward ask for types, or hold plain tensors?"
+        raise ValueError(f"the copy of {type(net).__name__} to attack is another function, {hint}")
 
 
 def graphed(function, device):
     """A function of tensors that returns a tuple of tensors, on CUDA as a CUDA graph.
 
     Without it a step waits for the CPU, which launches some 5,000 kernels. Recorded once for each
-    set of input shapes, then replayed: what `function` reads besides must stay where it is, and it
-    must not look at a value. Elsewhere it is returned as it is.
+    set of input shapes, then replayed: what `function` reads besides, such as weights, must stay
+    where it is in memory, and it must not look at a value. Elsewhere it is returned as it is.
     """
     if device.type != "cuda":
         return function
@@ -221,9 +250,8 @@ def graphed(function, device):
                     function(*static)
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            options = {"pool": pool, "stream": stream}
             # thread_local: NCCL's watchdog may ask for its events meanwhile
-            with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 outputs = function(*static)
             graphs[key] = graph, static, outputs
         graph, static, outputs = graphs[key]
@@ -241,6 +269,7 @@ PLAIN += {type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + "e
 for core in "numpy.core.multiarray", "numpy._core.multiarray":  # in numpy 1 and 2
     PLAIN += [(np.zeros(1).__reduce__()[0], f"{core}._reconstruct")]
     PLAIN += [(np.float64(0).__reduce__()[0], f"{core}.scalar")]
+OTHERS = "other networks are evaluated from Python, or by --arch if models.build knows them"
 
 
 def read(path):
@@ -249,54 +278,36 @@ def read(path):
         raise FileNotFoundError(f"no file {path}: give a checkpoint, such as a run's last.pt")
     torch.serialization.add_safe_globals(PLAIN)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file can raise nearly anything
-        what = "is damaged, no checkpoint (a web page, a Git LFS pointer, safetensors, TorchScript)"
+        kinds = (
+            "a web page, Git LFS pointer, .npz, safetensors, TorchScript, list, objects with code"
+        )
+        what = f"{path} is damaged, or holds no state dict ({kinds}): not loaded"
         hint = "convert it where it can be loaded: torch.save(model.state_dict(), 'weights.pt')"
-        raise ValueError(f"{path} {what}, or holds code: not loaded; {hint}") from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
-    return checkpoint
-
-
-def state_dicts(checkpoint):
-    """{key: state dict} of those in a checkpoint, without wrappers' prefixes; "" for a bare one."""
-    prefixes, found = re.compile(r"^((module|model|net|_orig_mod|\d+)\.)+"), {}
-    for key, state in {"": checkpoint, **checkpoint}.items():
-        tensors = state.items() if isinstance(state, dict) else []
-        tensors = {prefixes.sub("", str(k)): v for k, v in tensors if isinstance(v, torch.Tensor)}
-        if "conv1.weight" in tensors:
-            found[str(key)] = tensors
-    return found
+        raise ValueError(f"{what}; {hint}") from error
 
 
 def load_weights(net, state, path):
-    """Load a state dict of the TRADES/MART/MAIL family into `net`; ValueError, on `path`, if unfit.
-
-    TRADES' unused `sub_block1.*` and absent `num_batches_tracked` are fine.
-    """
-    state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
-    want = net.state_dict()
-    problems = {
-        "missing": [k for k in want if k not in state and not k.endswith("num_batches_tracked")],
-        "unknown": [k for k in state if k not in want],
-        "of another shape": [k for k in want if k in state and state[k].shape != want[k].shape],
-    }
-    found = [f"{len(k)} {what}: {', '.join(k[:3])}" for what, k in problems.items() if k]
-    if found:
-        raise ValueError(f"{path} does not fit {type(net).__name__}: {'; '.join(found)}")
+    """Load a state dict into `net`; ValueError, on `path`, if it does not fit."""
+    unused = "sub_block1.", "n_averaged"  # of TRADES' WRN, of AveragedModel
+    state = {k: v for k, v in state.items() if not k.startswith(unused)}
+    want = {k: v for k, v in net.state_dict().items() if k in state or "num_batches" not in k}
+    want, have = ({k: tuple(v.shape) for k, v in of.items()} for of in (want, state))
+    wrong = [k for k in want | have if have.get(k) != want.get(k)]
+    if wrong:
+        first = [f"{k} is {have.get(k, 'missing')}, not {want.get(k, 'known')}" for k in wrong[:3]]
+        raise ValueError(f"{path} does not fit {type(net).__name__} ({'; '.join(first)}): {OTHERS}")
     if not all(value.isfinite().all() for value in state.values()):
         raise ValueError(f"{path} holds weights that are not finite")
     net.load_state_dict(state)
 
 
 def plain(values):
-    """What of a dict are plain values, numpy's scalars and short lists of integers included."""
-    values = {str(k): v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
-    short = {k for k, v in values.items() if isinstance(v, list) and len(v) < 10}
-    short = {k for k in short if all(isinstance(i, int) for i in values[k])}
-    kinds = str | int | float | bool | None
-    return {k: v for k, v in values.items() if isinstance(v, kinds) or k in short}
+    """What of a dict are plain values, or short lists of them."""
+    lists = {k: v if isinstance(v, list) and len(v) < 10 else [v] for k, v in values.items()}
+    kinds = str | int | float | None
+    return {str(k): values[k] for k, v in lists.items() if all(isinstance(i, kinds) for i in v)}
 
 
 def load(path, name=None):
@@ -304,26 +315,36 @@ def load(path, name=None):
 
     The file holds a state dict, alone or under any key, its keys with any run of the prefixes
     module., model., net. and _orig_mod. name: the architecture (see `build`), by default what the
-    file says or its keys and shapes show. Returns the network in eval mode, and a dict of the plain
-    values in the file, training settings included; where there are several state dicts the first
-    is loaded, and "state_dict" says which. OSError or ValueError if the file does not fit.
+    file says or its keys and shapes show. Returns the network in eval mode, and the plain values in
+    the file, training settings included; of several state dicts it loads the first, and
+    "state_dict" says which. OSError or ValueError if the file does not fit.
     """
     checkpoint = read(path)
-    states = state_dicts(checkpoint)
-    if not states:
-        raise ValueError(f"{path} holds no weights of ResNet-18 or a WRN, but {[*checkpoint][:4]}")
-    (key, state), *others = states.items()
     settings = checkpoint.get("args", {})
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
     metadata = plain(checkpoint) | plain(settings if isinstance(settings, dict) else {})
-    if others:
-        metadata["state_dict"] = f"{key}, not {', '.join(other for other, _ in others)}"
     if not name and re.fullmatch(r"resnet18|wrn-\d+-\d+", str(metadata.get("arch"))):
         name = metadata["arch"]
+    first = next(iter(build(name or "resnet18").state_dict()))  # what a state dict holds
+    prefixes, states = re.compile(r"^((module|model|net|_orig_mod|\d+)\.)+"), {}
+    for key, state in {"": checkpoint, **checkpoint}.items():
+        items = state.items() if isinstance(state, dict) else []
+        tensors = {str(k): v for k, v in items if isinstance(v, torch.Tensor)}
+        if first not in tensors:  # then under a wrapper's prefix
+            tensors = {prefixes.sub("", k): v for k, v in tensors.items()}
+        if first in tensors:
+            states[str(key)] = tensors
+    if not states:
+        what = f"holds no weights of {name or 'ResNet-18 or a WRN'}, but {[*checkpoint][:4]}"
+        raise ValueError(f"{path} {what}: {OTHERS}")
+    (key, state), *others = states.items()
+    if others:
+        metadata["state_dict"] = f"{key}, not {', '.join(other for other, _ in others)}"
     if not name:  # read it off the keys
         blocks = [key for key in state if re.fullmatch(r"block1\.layer\.\d+\.conv1\.weight", key)]
         name = f"wrn-{6 * len(blocks) + 4}-{len(state[blocks[0]]) // 16}" if blocks else "resnet18"
     heads = [state[key] for key in ("linear.bias", "fc.bias") if key in state]
+    heads += [value for value in state.values() if value.ndim == 1][-1:]
     net = build(name, len(heads[0]) if heads else 10)
     load_weights(net, state, path)
     return net.eval(), metadata | {"arch": name}
