@@ -9,22 +9,17 @@ belongs to an image's number: batch size, order and other images move a verdict 
 
 Options that the attacks share: seed of the noise; index (N,), the images' numbers, 0..N-1 by
 default; batch_size of the forward passes; judge, the model whose verdict counts where `model` is
-only a faster copy of it; tick(passes), called after each step with the number of images that went
-through the model, a backward counted as a forward. ValueError or TypeError on images outside
-[0, 1], labels that are no classes, or a model that does not return logits.
+only a faster copy of it. ValueError or TypeError on images outside [0, 1], labels that are no
+classes, or a model that does not return logits.
 """
 
 import argparse
 import contextlib
-import csv
-import datetime
 import hashlib
 import io
 import json
 import math
-import os
 import sys
-import time
 import warnings
 import zlib
 from functools import partial
@@ -37,11 +32,10 @@ import torch.nn.functional as F
 
 import clirat
 import models
-from clirat import check_attack, eval_mode, is_lead, is_wrong, number, pgd, pm, rank_and_world
+from clirat import check_attack, eval_mode, is_lead, is_wrong, number, pgd, pm, progress
+
 
 # ---- Common --------------------------------------------------------------------------------------
-
-
 def checked(model, x, y, eps, index=None):
     """An attack's x, y, index and K; what it cannot take is a ValueError or TypeError."""
     check_attack(x, y, eps)
@@ -55,7 +49,7 @@ def checked(model, x, y, eps, index=None):
         raise TypeError(f"the model returns no logits (N, K) but a {type(logits).__name__}: {hint}")
     if y.max() >= logits.shape[1]:
         raise ValueError(f"want labels in 0..{logits.shape[1] - 1}, got {y.max()}")
-    index = torch.arange(len(x)) if index is None else index.cpu()
+    index = torch.arange(len(x), device="cpu") if index is None else index.cpu()
     if index.shape != y.shape or index.min() < 0:
         raise ValueError(f"want index ({len(x)},), none negative, got {tuple(index.shape)}")
     return x.detach(), y.long(), index, logits.shape[1]
@@ -63,27 +57,28 @@ def checked(model, x, y, eps, index=None):
 
 def noise(shape, index, *seeds):
     """Uniform [0, 1) noise (N, *shape), each point's drawn from its number in index and seeds."""
-    generator, draws = torch.Generator(), []
+    generator = torch.Generator("cpu")
+    options = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    draws = []
     for i in index.tolist():
         seed = np.random.SeedSequence([i, *seeds]).generate_state(1)[0]
-        draws.append(torch.rand(shape, generator=generator.manual_seed(int(seed))))
+        generator.manual_seed(int(seed))
+        draws.append(torch.rand(shape, **options))
     return torch.stack(draws)
 
 
-def in_batches(attack, x, y, batch_size, targets=1, *, passes, judge=None, tick=None):
+def in_batches(attack, x, y, batch_size, targets=1, *, judge=None):
     """Each point's first misclassified image (N, C, H, W), x where there is none.
 
     attack(points, k, active), for k = 0..targets-1 in turn on batches of what is still robust,
-    yields images for these indices into x, and which are misclassified; active: which are left.
-    passes: of an image through the model between two yields.
+    yields images for these indices into x, and which are misclassified. active: which are left;
+    while `attack` is suspended at a yield, those that were fooled are taken out of it in place.
     """
     x_adv, robust = x.clone(), torch.ones_like(y, dtype=torch.bool)
     for k in range(targets):
         for points in robust.nonzero().squeeze(1).split(batch_size):
             active, found = robust[points], x_adv[points]
             for images, wrong in attack(points, k, active) if len(points) else []:
-                if tick:
-                    tick(passes * active.sum().item())
                 wrong = wrong & active
                 if not wrong.any():
                     continue
@@ -109,13 +104,14 @@ def graph_device(model):
 def on_active_rows(function, model, batch_size):
     """A function of tensors (N, ...) as one of a mask (N,) and these: it runs on those rows alone.
 
-    The results of the others are 0. In a CUDA graph the rows are padded, to at most eight sizes.
+    The results of the others are 0. For CUDA graphs row 0 is repeated up to one of eight sizes.
     """
     device = graph_device(model)
     run, eighth = models.graphed(function, device), math.ceil(batch_size / 8)
 
     def call(active, *rows):
         index = active.nonzero().squeeze(1)  # (n,)
+        # index 0 is repeated: a CUDA graph is recorded for each size
         padded = F.pad(index, (0, -len(index) % eighth)) if device.type == "cuda" else index
         results = []
         for output in run(*(t[padded] for t in rows)):
@@ -134,7 +130,9 @@ def logits_of(model, x, batch_size):
 
 def targets_of(model, x, y, batch_size):
     """The classes other than y by clean logit, largest first, at most nine: (T, N)."""
-    logits = logits_of(model, x, batch_size).scatter(1, y[:, None], -torch.inf)
+    with eval_mode(model):
+        logits = logits_of(model, x, batch_size)
+    logits = logits.scatter(1, y[:, None], -torch.inf)
     return logits.argsort(1, descending=True)[:, : min(9, logits.shape[1] - 1)].T
 
 
@@ -144,8 +142,6 @@ def widen(t):
 
 
 # ---- APGD ----------------------------------------------------------------------------------------
-
-
 def dlr_loss(logits, y):
     """Difference of logits ratio, -(z_y - max_{j != y} z_j) / (z_(1) - z_(3)), (N,). K >= 3."""
     z = logits.sort(1, descending=True).values
@@ -157,6 +153,13 @@ def dlr_targeted_loss(logits, y, target):
     z = logits.sort(1, descending=True).values
     gap = (logits.gather(1, y[:, None]) - logits.gather(1, target[:, None])).squeeze(1)
     return -gap / (z[:, 0] - (z[:, 2] + z[:, 3]) / 2 + 1e-12)
+
+
+APGD_LOSSES = {  # how many classes it needs, and a function of logits (N, K), y and target (N,)
+    "ce": (2, lambda logits, y, target: F.cross_entropy(logits, y, reduction="none")),
+    "dlr": (3, lambda logits, y, target: dlr_loss(logits, y)),
+    "targeted": (4, dlr_targeted_loss),
+}
 
 
 def apgd_checks(steps):
@@ -176,20 +179,19 @@ def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_si
     iterate, x where there is none. ValueError on another loss.
     """
     x, y, index, classes = checked(model, x, y, eps, index)
-    if loss not in ("ce", "dlr", "targeted"):
-        raise ValueError(f"unknown loss {loss!r}: use ce, dlr or targeted")
-    if loss == "targeted" and classes < 4:
-        warnings.warn(f"no targeted APGD: its loss needs 4 classes, not {classes}", stacklevel=2)
+    if loss not in APGD_LOSSES:
+        raise ValueError(f"unknown loss {loss!r}: use {', '.join(APGD_LOSSES)}")
+    needed, objective = APGD_LOSSES[loss]
+    if classes < needed:
+        warnings.warn(f"no APGD: loss {loss} needs {needed} classes, not {classes}", stacklevel=2)
         return x
     checks = apgd_checks(steps)
+    targets = targets_of(model, x, y, batch_size) if loss == "targeted" else y[None]
 
     def loss_and_grad(x, y, target):
         x = x.detach().requires_grad_()
         logits = model(x)
-        if loss == "ce":
-            value = F.cross_entropy(logits, y, reduction="none")
-        else:
-            value = dlr_loss(logits, y) if loss == "dlr" else dlr_targeted_loss(logits, y, target)
+        value = objective(logits, y, target)
         (grad,) = torch.autograd.grad(value.sum(), x)
         return value.detach(), grad, logits.detach()
 
@@ -199,22 +201,25 @@ def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_si
         clean, labels, target = x[points], y[points], targets[k, points]
         lower, upper = (clean - eps).clamp(min=0), (clean + eps).clamp(max=1)
         t = 2 * noise(x.shape[1:], index[points.cpu()], seed, k).to(x) - 1
-        now = clean + eps * t / (t.abs().amax((1, 2, 3), keepdim=True) + 1e-12)
-        now = before = now.clamp(0, 1)
+        start = clean + eps * t / (t.abs().amax((1, 2, 3), keepdim=True) + 1e-12)
+        now = before = start.clamp(0, 1)
         value, grad, logits = loss_and_grad(active, now, labels, target)
-        best, best_grad, best_value, checked_value = now, grad, value, value
-        rises, last = torch.zeros_like(value), torch.zeros_like(value)  # published: not the start's
-        step, halved = torch.full_like(value, 2 * eps), torch.ones_like(active)
-        yield now, is_wrong(logits, labels)
+        best, best_grad, best_value = now, grad, value
+        reviewed_value = value  # the best at the last review
+        step = torch.full_like(value, 2 * eps)
+        halved = torch.ones_like(active)
+        # iterations since the review in which the loss rose: first over 0, as in the published code
+        rises, last = torch.zeros_like(value), torch.zeros_like(value)
+        yield now, is_wrong(logits, labels)  # `active` can shrink at a yield
         for i in range(steps):
-            if i - 1 in checks:
+            if i - 1 in checks:  # a review of the iterations up to the one before this
                 few = rises <= 0.75 * checks[i - 1]
-                stuck = few | (~halved & (checked_value >= best_value))
+                stuck = few | (~halved & (reviewed_value >= best_value))
                 step = torch.where(stuck, step / 2, step)
                 # back to the best, but not `before`: the next momentum is best - before
                 now = torch.where(widen(stuck), best, now)
                 grad = torch.where(widen(stuck), best_grad, grad)
-                halved, checked_value, rises = stuck, best_value, torch.zeros_like(rises)
+                halved, reviewed_value, rises = stuck, best_value, torch.zeros_like(rises)
             ahead = (now + widen(step) * grad.sign()).clamp(lower, upper)
             a = 0.75 if i else 1.0
             moved = now + a * (ahead - now) + (1 - a) * (now - before)
@@ -228,13 +233,10 @@ def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_si
             yield now, is_wrong(logits, labels)
 
     with eval_mode(model), torch.enable_grad():
-        targets = targets_of(model, x, y, batch_size) if loss == "targeted" else y[None]
-        return in_batches(attack, x, y, batch_size, len(targets), passes=2, **shared)
+        return in_batches(attack, x, y, batch_size, len(targets), **shared)
 
 
 # ---- FAB -----------------------------------------------------------------------------------------
-
-
 def project(t, w, b):
     """The smallest L-infinity move d (N, D) from t in [0, 1] onto <w, t + d> = b inside [0, 1].
 
@@ -263,6 +265,7 @@ def fab_t(model, x, y, *, eps, steps=100, seed=0, index=None, batch_size=64, **s
     at its first: FAB would go on to lessen its distance, which the verdict does not need.
     """
     x, y, _, _ = checked(model, x, y, eps)
+    targets = targets_of(model, x, y, batch_size)
 
     def boundary(x, y, target):  # of the linearised classifier: <w, .> = b
         x = x.detach().requires_grad_()
@@ -291,17 +294,14 @@ def fab_t(model, x, y, *, eps, steps=100, seed=0, index=None, batch_size=64, **s
             now = moved.clamp(0, 1).view_as(now)
             wrong = is_wrong(classify(active, now)[0], labels)
             near = (now - clean).abs().amax((1, 2, 3)) <= eps
-            yield now, wrong & near
+            yield now, wrong & near  # `active` can shrink here
             now = torch.where(widen(wrong & ~near), clean + 0.9 * (now - clean), now)
 
     with eval_mode(model), torch.enable_grad():
-        targets = targets_of(model, x, y, batch_size)
-        return in_batches(attack, x, y, batch_size, len(targets), passes=3, **shared)
+        return in_batches(attack, x, y, batch_size, len(targets), **shared)
 
 
 # ---- Square --------------------------------------------------------------------------------------
-
-
 def square_side(query, height, width):
     """Side of Square's window at a query (0-based): 80% of the area, halved after 10, 50, ..."""
     p = 0.8 / 2 ** sum(query > after for after in (10, 50, 200, 500, 1000, 2000, 4000))
@@ -317,9 +317,9 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64,
     """
     x, y, index, _ = checked(model, x, y, eps, index)
     channels, height, width = x.shape[1:]
-    generator = torch.Generator().manual_seed(seed)
-    places = torch.rand(queries, 2, generator=generator, dtype=torch.float64).tolist()
-    signs = torch.rand(queries, channels, 1, 1, generator=generator).sub(0.5).sign().to(x)
+    draw = partial(torch.rand, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    places = draw(queries, 2, dtype=torch.float64).tolist()
+    signs = draw(queries, channels, 1, 1, dtype=torch.float32).sub(0.5).sign().to(x)
 
     def judged(x, y):
         with torch.no_grad():
@@ -334,7 +334,7 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64,
         stripes = noise((channels, 1, width), index[points.cpu()], seed).sub(0.5).sign().to(x)
         best = (clean + eps * stripes).clamp(0, 1)
         margin, wrong = judged(active, best, labels)
-        yield best, wrong
+        yield best, wrong  # `active` can shrink at a yield
         for query in range(queries):
             side = square_side(query, height, width)
             down, right = places[query]
@@ -349,15 +349,13 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64,
             yield best, wrong
 
     with eval_mode(model):
-        return in_batches(attack, x, y, batch_size, passes=1, **shared)
+        return in_batches(attack, x, y, batch_size, **shared)
 
 
 # ---- The attacks by name -------------------------------------------------------------------------
-
-
 def last_pgd(
     model, x, y, *, eps, steps=20, step_size=0.003, loss="ce", noisy=True, seed=0, index=None,
-    batch_size=64, judge=None, tick=None,
+    batch_size=64, judge=None,
 ):  # fmt: skip
     """PGD as in MAIL's evaluation: uniform start in the ball, step 0.003; x itself if not noisy.
 
@@ -365,21 +363,41 @@ def last_pgd(
     """
     x, y, index, _ = checked(model, x, y, eps, index)
     start = x + eps * (2 * noise(x.shape[1:], index, seed).to(x) - 1) if noisy else x
-    options, found = {"eps": eps, "step_size": step_size, "loss": loss}, []
-    for x_, y_, now in zip(*(t.split(batch_size) for t in (x, y, start)), strict=True):
-        for part in [5] * (steps // 5) + [steps % 5]:  # the same iterates, with a tick between
-            now = pgd(model, x_, y_, init=now, steps=part, **options)
-            if tick:
-                tick(2 * part * len(x_))
-        found.append(now)
-    return torch.cat(found)
+    options = {"eps": eps, "step_size": step_size, "steps": steps, "loss": loss}
+    batches = zip(*(t.split(batch_size) for t in (x, y, start)), strict=True)
+    return torch.cat([pgd(model, x_, y_, init=at, **options) for x_, y_, at in batches])
 
 
-# of AutoAttack, in its order
-STAGES = {"apgd": apgd, "apgd-t": partial(apgd, loss="targeted"), "fab-t": fab_t, "square": square}
+ATTACKS = {
+    "nat": lambda model, x, y, **_: x.detach(),
+    "fgsm": partial(last_pgd, steps=1, step_size=1, noisy=False),  # Eq. 1: one step, cut to eps
+    "pgd20": last_pgd,
+    "pgd100": partial(last_pgd, steps=100),
+    "cw": partial(last_pgd, loss="cw"),  # PGD on CW's margin, as in MAIL's evaluation
+    "apgd": apgd,
+    "apgd-t": partial(apgd, loss="targeted"),
+    "fab-t": fab_t,
+    "square": square,
+}
+STAGES = ["apgd", "apgd-t", "fab-t", "square"]  # of AutoAttack, in its order
+COLUMNS = ["nat", "fgsm", "pgd20", "pgd100", "cw", "apgd", "aa"]  # what the command takes
+PAPER_COLUMNS = ["nat", "pgd20", "pgd100", "cw", "apgd", "aa"]
 
 
-def autoattack(model, x, y, *, eps, seed=0, index=None, batch_size=64, judge=None, tick=None):
+def attack_and_judge(name, model, x, y, *, judge, eps, batch_size, **options):
+    """Images (N, C, H, W) of an attack on model, and which the judge misclassifies, (N,).
+
+    RuntimeError on images outside the ball or [0, 1].
+    """
+    x_adv = ATTACKS[name](model, x, y, eps=eps, batch_size=batch_size, judge=judge, **options)
+    low, high = x_adv.aminmax()
+    if not (0 <= low <= high <= 1 and (x_adv - x).abs().max() <= eps + 1e-6):
+        raise RuntimeError("an attack left the ball or [0, 1]")
+    with eval_mode(judge):
+        return x_adv, is_wrong(logits_of(judge, x_adv, batch_size), y)  # by a fresh forward
+
+
+def autoattack(model, x, y, *, eps, seed=0, index=None, batch_size=64):
     """Standard AutoAttack for L-infinity (Croce & Hein 2020): four attacks on what is robust.
 
     x: (N, C, H, W) in [0, 1]. y: (N,). Returns (N, C, H, W): a misclassified image for each point,
@@ -390,155 +408,106 @@ def autoattack(model, x, y, *, eps, seed=0, index=None, batch_size=64, judge=Non
     x, y, index, _ = checked(model, x, y, eps, index)
     for doubt in doubts(model, x, y):
         warnings.warn(doubt, stacklevel=2)
-    if judge is None:
-        judge, model = model, stand_in(model, x[:8])
-    options = {"eps": eps, "seed": seed, "batch_size": batch_size, "judge": judge, "tick": tick}
+    options = {"judge": model, "eps": eps, "seed": seed, "batch_size": batch_size}
+    attacked = stand_in(model, x[:8])
     x_adv, robust = x.clone(), torch.ones_like(y, dtype=torch.bool)
     for name in ["nat", *STAGES]:
         points = robust.nonzero().squeeze(1)
         if len(points):
-            x_, y_, own = x[points], y[points], index[points.cpu()]
-            found = (ATTACKS | STAGES)[name](model, x_, y_, index=own, **options)
-            fooled = verdict(judge, x_, y_, found, eps, batch_size)
-            x_adv[points[fooled]], robust[points] = found[fooled], ~fooled
+            case = attacked, x[points], y[points]
+            found, wrong = attack_and_judge(name, *case, index=index[points.cpu()], **options)
+            x_adv[points[wrong]], robust[points] = found[wrong], ~wrong
     return x_adv
 
 
-ATTACKS = {
-    "nat": lambda model, x, y, **_: x.detach(),
-    "fgsm": partial(last_pgd, steps=1, step_size=1, noisy=False),  # Eq. 1: one step, cut to eps
-    "pgd20": last_pgd,
-    "pgd100": partial(last_pgd, steps=100),
-    "cw": partial(last_pgd, loss="cw"),  # PGD on CW's margin, as in MAIL's evaluation
-    "apgd": apgd,
-    "aa": autoattack,
-}
-PASSES = {  # of an image through the model at most, a backward counted as a forward
-    "nat": 1, "fgsm": 2, "pgd20": 40, "pgd100": 200, "cw": 40,
-    "apgd": 202, "apgd-t": 9 * 202, "fab-t": 9 * 300, "square": 5001,
-}  # fmt: skip
-PAPER_COLUMNS = ["nat", "pgd20", "pgd100", "cw", "apgd", "aa"]
-
-
 # ---- Evaluation ----------------------------------------------------------------------------------
-
-
-def verdict(model, x, y, x_adv, eps, batch_size):
-    """Which of x_adv (N, C, H, W) the model misclassifies, (N,), by a fresh forward.
-
-    RuntimeError on images outside the ball or [0, 1].
-    """
-    low, high = x_adv.aminmax()
-    if not (0 <= low <= high <= 1 and (x_adv - x).abs().max() <= eps + 1e-6):
-        raise RuntimeError("an attack left the ball or [0, 1]")
-    with eval_mode(model):
-        return is_wrong(logits_of(model, x_adv, batch_size), y)
-
-
 def stand_in(model, x, dtype=None):
-    """A faster copy of the model to attack, or the model itself if x tells it from that copy."""
-    for part in getattr(model, "modules", list)():
+    """A faster copy of the model to attack, or the model itself if images x show there is none."""
+    if not isinstance(model, torch.nn.Module):
+        return model
+    for part in model.modules():
         if "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks:
             return model  # a copy would run the original's forward, or not run its hooks
     with contextlib.suppress(Exception), eval_mode(model), torch.no_grad():
         copy = models.Folded(model)
         if torch.allclose(copy(x), model(x), rtol=1e-4, atol=1e-4):
-            return copy.to(dtype, memory_format=torch.channels_last) if dtype else copy
+            copy = copy.to(dtype, memory_format=torch.channels_last) if dtype else copy
+            if copy(x).isfinite().all():  # a forward can fail in another dtype
+                return copy
     return model
 
 
-NOT_ASKED, FOOLED_BEFORE = -1, 2  # in place of a verdict; 1: misclassified, 0: not
+NOT_ASKED = -1  # in place of a verdict: 1 misclassified, 0 not
+
+
+def plan(attacks):
+    """The names in ATTACKS that are run for these, in order: for aa its stages."""
+    stages = STAGES if "aa" in attacks else []
+    return list(dict.fromkeys(["nat", *(name for name in attacks if name != "aa"), *stages]))
+
+
+def to_ask(verdicts, name):
+    """Which images an attack is still to be run on, (n,) bool.
+
+    AutoAttack's stages spare what is misclassified without an attack, or by one before them.
+    """
+    before = ["nat", *STAGES[: STAGES.index(name)]] if name in STAGES else []
+    left = verdicts[name] == NOT_ASKED
+    for earlier in (verdicts[stage] for stage in before if stage in verdicts):
+        left = left & (earlier != 1)
+    return left
 
 
 def robust_in(verdicts, name):
-    """Which images an attack did not fool, (n,) bool: for `aa` those that Square's turn left."""
-    return verdicts["square" if name == "aa" else name] == 0
+    """Which images an attack did not fool, (n,) bool: for aa, none of its stages."""
+    parts = plan(["aa"]) if name == "aa" else [name]
+    return torch.stack([verdicts[part] for part in parts]).amax(0) == 0
 
 
 def evaluate(
-    model, x, y, attacks, *, eps, seed=0, batch_size=64, amp=False, verdicts=None, save=None
-):
-    """Verdicts of `attacks`, names from ATTACKS, on uint8 images x (N, C, H, W).
+    model, x, y, attacks, *, eps, seed=0, batch_size=64, amp=False, verdicts=None, save=None,
+    share=(0, 1),
+):  # fmt: skip
+    """Verdicts of `attacks`, names in ATTACKS or aa, on uint8 images x (N, C, H, W).
 
     y: (N,). amp: attack a copy in bfloat16; only the model itself counts a success. Returns {name:
-    (N,) int8}: 1 misclassified, 0 not, -1 not asked yet. For AutoAttack these are its stages, each
-    asked only of images that are still robust, 2 at the others: 0 after `square` is robust.
-    verdicts: such a dict of an earlier call with the same settings, filled up in place. save: is
-    called with them as they come in; under torchrun, where processes share the images, after every
-    attack. ValueError on an unknown attack, TypeError on images that are not uint8.
+    (N,) int8}: 1 misclassified, 0 not, -1 not asked. For AutoAttack these are its stages, each
+    asked only of images that are still robust: where `square` has 0, all failed. verdicts: such a
+    dict of an earlier call with the same settings, filled up in place. save: is called with them
+    as they come in. share: (i, k) for images i, i + k, ... alone. ValueError on an unknown attack,
+    TypeError on images that are not uint8. The model gets them in float32.
     """
-    if unknown := set(attacks) - ATTACKS.keys():
-        raise ValueError(f"unknown attacks {', '.join(sorted(unknown))}: use {', '.join(ATTACKS)}")
+    if unknown := {*attacks} - {*ATTACKS, "aa"}:
+        found = f"{', '.join(sorted(unknown))}: use {', '.join(ATTACKS)} or aa"
+        raise ValueError(f"unknown attacks {found}")
     if x.dtype != torch.uint8:
         raise TypeError(f"want uint8 images, got {x.dtype}: multiply those in [0, 1] by 255, round")
-    rank, world = rank_and_world()
-    verdicts = {} if verdicts is None else verdicts
-    *_, classes = checked(model, x[:8] / 255, y[:8], eps)
+    some = x[:8].float() / 255
+    *_, classes = checked(model, some, y[:8], eps)
     if len(y) != len(x) or not 0 <= y.min() <= y.max() < classes:
         raise ValueError(f"want {len(x)} labels in 0..{classes - 1}, got {len(y)} up to {y.max()}")
-    fast = stand_in(model, x[:8] / 255)
-    half = stand_in(model, x[:8] / 255, torch.bfloat16) if amp else fast
+    fast = stand_in(model, some)
+    half = stand_in(model, some, torch.bfloat16) if amp else fast
     if amp and half is model:
-        warnings.warn("amp does nothing: there is no copy of this model to attack", stacklevel=2)
+        warnings.warn("amp does nothing: this model has no copy in bfloat16", stacklevel=2)
 
-    stages = STAGES if "aa" in attacks else []
-    plan = dict.fromkeys(["nat", *(name for name in attacks if name != "aa"), *stages])
-    for name in plan:
-        verdicts.setdefault(name, torch.full((len(x),), NOT_ASKED, dtype=torch.int8))
-
-    def spare():  # what one of AutoAttack's stages fooled, the later ones leave alone
-        fooled = torch.zeros(len(x), dtype=torch.bool)
-        for name in ("nat", *(name for name in STAGES if name in plan)):
-            verdicts[name][fooled] = FOOLED_BEFORE
-            fooled |= verdicts[name] > 0
-
-    terminal = is_lead() and getattr(sys.stderr, "isatty", bool)()  # stderr may be closed: None
-    begun, done, goal = time.perf_counter(), 0, 0
-
-    def tick(passes):  # on a terminal: where it is, and how long all that is planned can take
-        nonlocal done
-        done += passes
-        if terminal:
-            seconds = round(max(goal - done, 0) / max(done, 1) * (time.perf_counter() - begun))
-            left = f"at most {datetime.timedelta(seconds=seconds)} left in all"
-            line = f"\r{where}, {left if done else 'estimating'}\033[K"
-            print(line, end="", file=sys.stderr, flush=True)
-
-    def share(name):  # each process then has the verdicts of all, and they divide the same images
-        if world > 1:
-            merged = verdicts[name].to(x.device)
-            dist.all_reduce(merged, dist.ReduceOp.MAX)
-            verdicts[name] = merged.cpu()
-
-    for name in plan:
-        share(name)  # one can have read what another evaluation wrote meanwhile
-        spare()
-        todo = (verdicts[name] == NOT_ASKED).nonzero().squeeze(1)[rank::world]
-        chunk = batch_size if x.device.type == "cpu" else 4 * batch_size  # recorded for each anew
-        batches = todo.split(chunk) if len(todo) else []
-        for i, index in enumerate(batches, 1):
-            where = f"{name}, batch {i}/{len(batches)}"
-            ahead = {k: (verdicts[k] == NOT_ASKED).sum().item() // world for k in plan}
-            goal = done + sum(PASSES.get(k, 1) * n for k, n in ahead.items())
-            tick(0)
-            images, labels = x[index] / 255, y[index]
-            options = {"eps": eps, "seed": seed, "index": index, "batch_size": batch_size}
-            options |= {"judge": model, "tick": tick if terminal else None}
-            attacked = fast if name == "square" else half
-            x_adv = (ATTACKS | STAGES)[name](attacked, images, labels, **options)
-            wrong = verdict(model, images, labels, x_adv, eps, batch_size)
-            tick(len(index))
+    verdicts = {} if verdicts is None else verdicts
+    for name in plan(attacks):
+        empty = torch.full((len(x),), NOT_ASKED, dtype=torch.int8, device="cpu")
+        verdicts.setdefault(name, empty)
+    mine = torch.arange(len(x), device="cpu") % share[1] == share[0]
+    # on CUDA each call of an attack records its graphs anew: fewer calls there
+    chunk = batch_size if x.device.type == "cpu" else 4 * batch_size
+    options = {"judge": model, "eps": eps, "seed": seed, "batch_size": batch_size}
+    for name in plan(attacks):
+        attacked = fast if name == "square" else half
+        todo = (to_ask(verdicts, name) & mine).nonzero().squeeze(1)
+        for index in progress(todo.split(chunk) if len(todo) else [], name):
+            case = attacked, x[index].float() / 255, y[index]
+            _, wrong = attack_and_judge(name, *case, index=index, **options)
             verdicts[name][index] = wrong.to("cpu", torch.int8)
-            spare()
-            if save and world == 1:
+            if save:
                 save(verdicts)
-        if world > 1:
-            share(name)
-            spare()
-            if save and rank == 0:
-                save(verdicts)
-    if terminal:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
     return verdicts
 
 
@@ -561,19 +530,22 @@ def doubts(model, x, y):
 
 def masking(figures):
     """Sentences on figures of `summarise` that look like gradient masking."""
-    accuracy = {name: figure["accuracy"] for name, figure in figures.items()}
-    found, under_pgd = [], max(accuracy.get(name, 0) for name in ("pgd20", "pgd100"))
-    if (gap := under_pgd - accuracy.get("aa", 100)) > 3:
+    found, under, aa = [], [], figures.get("aa")
+    for name in ("pgd20", "pgd100") if aa else []:
+        pgd = figures.get(name, aa)
+        gap = pgd["accuracy"] - aa["accuracy"]
+        if gap > 3 and pgd["interval"][0] > aa["interval"][1]:
+            under.append(f"{gap:.1f} points under {name.upper()}")
+    if under:
         usual = "the paper's AT: 4 to 5, its MAIL-AT and CLIRAT: 11 to 15"
-        found.append(f"AutoAttack is {gap:.1f} points under PGD ({usual})")
-    if (gap := accuracy.get("fab-t", 0) - accuracy.get("square", 100)) > 0.2:
+        found.append(f"AutoAttack is {', '.join(under)} ({usual})")
+    gap = figures["fab-t"]["accuracy"] - figures["square"]["accuracy"] if aa else 0
+    if gap > 0.2:
         found.append(f"Square takes {gap:.1f} points more than the white-box attacks")
     return found
 
 
 # ---- Output --------------------------------------------------------------------------------------
-
-
 def wilson(k, n, z=1.96):
     """95% interval of a proportion k / n (Wilson 1927), as (low, high) in [0, 1]."""
     centre, spread = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
@@ -583,23 +555,11 @@ def wilson(k, n, z=1.96):
 def summarise(verdicts, attacks):
     """{name: {robust, accuracy (%), interval (%)}} for attacks and AutoAttack's stages."""
     figures, n = {}, len(verdicts["nat"])
-    stages = [stage for stage in STAGES if "aa" in attacks and stage in verdicts]
-    for name in dict.fromkeys([*attacks, *stages]):
+    for name in dict.fromkeys([*attacks, *(STAGES if "aa" in attacks else [])]):
         k = robust_in(verdicts, name).sum().item()
         interval = [100 * end for end in wilson(k, n)]
         figures[name] = {"robust": k, "accuracy": 100 * k / n, "interval": interval}
     return figures
-
-
-def paper_row(settings, attacks):
-    """The paper's cells (Tables 1, 2) for `settings` of a verdict file, None where it has none."""
-    training, file = settings["training"], Path(__file__).with_name(".figures") / "paper.csv"
-    arch = str(training.get("arch")).replace("wrn-34-10", "wrn-32-10")  # the same network
-    usual = settings["dataset"] == "CIFAR-10" and abs(settings["eps"] - 8 / 255) < 1e-9
-    if usual and file.exists():
-        for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()):
-            if (row["arch"], row["method"]) == (arch, training.get("method")):
-                return [row.get(name, "") for name in attacks]
 
 
 # ---- Verdict files -------------------------------------------------------------------------------
@@ -614,6 +574,7 @@ def read_verdicts(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             settings = json.loads(str(file["settings"]))
+            # a KeyError if one is missing
             _ = [settings[name] for name in (*SETTINGS, "dataset")], {**settings["training"]}
             names = [name for name in file.files if name != "settings"]
             return {name: torch.from_numpy(file[name]) for name in names}, settings
@@ -624,13 +585,7 @@ def read_verdicts(path):
 
 def keep(path, settings, verdicts):
     """Write verdicts to their file, and take over what another process put there meanwhile."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError, OSError):  # not on Windows, nor on every file system
-            import fcntl
-
-            folder = os.open(path.parent, os.O_RDONLY)
-            stack.callback(os.close, folder)  # ends the lock
-            fcntl.flock(folder, fcntl.LOCK_EX)
+    with clirat.locked(path.with_name(".verdicts.lock")):
         there = read_verdicts(path)[0] if path.exists() else {}
         for name in there.keys() | verdicts.keys():
             both = [v[name] for v in (there, verdicts) if name in v]
@@ -642,15 +597,13 @@ def keep(path, settings, verdicts):
 
 
 # ---- Command line --------------------------------------------------------------------------------
-
-
 def parse_args(argv=None):
     about = "Robust accuracy of checkpoints, a row each of the paper's Tables 1 and 2."
     parser = argparse.ArgumentParser("eval_attacks.py", "%(prog)s CKPT [CKPT ...] [options]", about)
     add, cuda = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
     add("checkpoints", nargs="+", type=Path, metavar="CKPT", help="state dicts, such as last.pt")
-    add("--attacks", nargs="+", choices=ATTACKS, default=PAPER_COLUMNS, metavar="NAME",
-        help=f"columns, of {', '.join(ATTACKS)} (default: the paper's six)")  # fmt: skip
+    add("--attacks", nargs="+", choices=COLUMNS, default=PAPER_COLUMNS, metavar="NAME",
+        help=f"columns, of {', '.join(COLUMNS)} (default: the paper's six)")  # fmt: skip
     add("--arch", help="resnet18 or wrn-D-K (default: what a checkpoint says or shows)")
     add("--data", default="data", help="folder of CIFAR-10, FILE.npz or toy (default: data)")
     add("--n", type=number(int, 1), help="on the first N test images (default: all)")
@@ -690,9 +643,17 @@ def evaluate_one(args, path, model, kept, settings, x, y):
 
     verdicts = read_verdicts(kept)[0] if kept.exists() else {}
     options = {"eps": args.eps, "seed": args.seed, "batch_size": args.batch_size, "amp": args.amp}
+    options["share"] = clirat.rank_and_world()
     evaluate(model, x, y, args.attacks, verdicts=verdicts, save=save, **options)
+    if dist.is_initialized():
+        for name in plan(args.attacks):
+            merged = verdicts[name].to(x.device)
+            dist.all_reduce(merged, dist.ReduceOp.MAX)  # whatever was asked is above NOT_ASKED
+            verdicts[name] = merged.cpu()
+        if is_lead():
+            save(verdicts)
     figures, training = summarise(verdicts, args.attacks), settings["training"]
-    warned = doubts(model, x / 255, y) + masking(figures)
+    warned = doubts(model, x[:64].float() / 255, y[:64]) + masking(figures)
     if "data" in training and (training["data"] == "toy") != (args.data == "toy"):
         warned.append(f"trained on {training['data']}, evaluated on {args.data}")
     if "state_dict" in training:
@@ -702,7 +663,7 @@ def evaluate_one(args, path, model, kept, settings, x, y):
 
 def main(argv=None):
     args, results = parse_args(argv), []
-    torch.backends.cuda.matmul.allow_tf32 = False  # float32 verdicts
+    torch.set_float32_matmul_precision("highest")  # float32 verdicts
     torch.backends.cudnn.allow_tf32 = False
     try:
         device = clirat.join_processes(args.device, args.amp)
@@ -727,13 +688,11 @@ def main(argv=None):
         sys.exit(2)
 
     def print_row(*cells):
-        if is_lead():
-            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
     eps = f"{255 * args.eps:.4g}/255"
     try:
-        if is_lead():
-            print(f"{args.data}: {n} of {len(x)} test images {tuple(x.shape[1:])}, on {device}\n")
+        print(f"{args.data}: {n} of {len(x)} test images {tuple(x.shape[1:])}, on {device}\n")
         print_row("checkpoint", "n", "eps", *map(str.upper, args.attacks))
         print_row(*["---"] * (3 + len(args.attacks)))
         for path, model, file, settings in runs:
@@ -744,9 +703,6 @@ def main(argv=None):
             cell = "{accuracy:.2f} [{interval[0]:.1f}, {interval[1]:.1f}]"
             cells = [cell.format(**result["attacks"][name]) for name in args.attacks]
             print_row(path, n, eps, *cells)
-            if reference := paper_row(settings, args.attacks):
-                name = "the paper's {method}, {arch}".format(**settings["training"])
-                print_row(name, "?", eps, *reference)  # it does not state its n
             results.append(result)
             if args.json and is_lead():
                 clirat.write(args.json, json.dumps(results, indent=2).encode() + b"\n")

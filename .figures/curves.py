@@ -97,7 +97,9 @@ def draw(methods, panels, burn_in, first, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="curves.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="curves.py", description=(__doc__ or "").partition("\n")[0]
+    )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folder with log.csv, or such a file")
     add("--out", type=Path, required=True, metavar="FILE.png", help="where to draw")

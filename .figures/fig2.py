@@ -54,7 +54,7 @@ def draw(out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="fig2.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="fig2.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.svg", help="where to draw")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     try:

@@ -12,6 +12,7 @@ that most runs were attacked on.
 """
 
 import argparse
+import csv
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clirat import METHODS
-from eval_attacks import ATTACKS, NOT_ASKED, paper_row, read_verdicts, robust_in
+from eval_attacks import COLUMNS, plan, read_verdicts, robust_in, to_ask
 
 # settings in which one method's runs may differ, and those in which compared methods may
 ALIKE = {"seed", "init", "best", "eval_every", "eval_size"}
@@ -36,9 +37,9 @@ def read(path):
     if settings["training"].get("method") not in METHODS or "seed" not in settings["training"]:
         raise ValueError(f"{path} is not of a run of clirat.py")
     points = {}
-    for name in ATTACKS:
-        asked = verdicts.get("square" if name == "aa" else name)
-        if asked is not None and (asked != NOT_ASKED).all():
+    for name in COLUMNS:
+        parts = plan(["aa"]) if name == "aa" else [name]
+        if verdicts.keys() >= {*parts} and not any(to_ask(verdicts, k).any() for k in parts):
             points[name, settings["n"], settings["amp"]] = 100 * robust_in(verdicts, name).double()
     return settings, points
 
@@ -107,12 +108,16 @@ def row(name, seeds, columns, signed=""):
 
 
 def paper(settings, training, names):
-    """The paper's cells, [] where it has none for these settings."""
+    """The paper's cells (Tables 1, 2), [] where it has none for these settings."""
     method = METHODS[training["method"]]
     usual = all(training.get(k) == getattr(method, k) for k in ("gamma", "beta", "trade_off"))
-    if not usual or training.get("exclude") or training.get("train_size"):
-        return []
-    return paper_row(settings | {"training": training}, names) or []
+    usual &= not (training.get("exclude") or training.get("train_size"))
+    usual &= settings["dataset"] == "CIFAR-10" and abs(settings["eps"] - 8 / 255) < 1e-9
+    arch = str(training.get("arch")).replace("wrn-34-10", "wrn-32-10")  # the same network
+    with open(Path(__file__).with_name("paper.csv"), newline="", encoding="utf-8") as file:
+        rows = {(row["arch"], row["method"]): row for row in csv.DictReader(file)}
+    row = rows.get((arch, training["method"])) if usual else None
+    return [row.get(name, "") for name in names] if row else []
 
 
 def table(files):
@@ -126,7 +131,7 @@ def table(files):
             raise ValueError(f"the files differ in {name}: give those of one")
     groups, columns = group(files), []
     counts = Counter(key for _, seeds in groups for found in seeds.values() for key in found)
-    for name in ATTACKS:
+    for name in COLUMNS:
         keys = [key for key in counts if key[0] == name]
         columns += sorted(keys, key=lambda key: (counts[key], key[1], not key[2]))[-1:]
     names = [name for name, _, _ in columns]
@@ -162,7 +167,7 @@ def show(rows):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("table.py", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("table.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="verdict files")
     args = parser.parse_args(argv)
     try:
