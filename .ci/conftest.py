@@ -99,7 +99,7 @@ class FakeGraph:
 
 
 @contextlib.contextmanager
-def fake_recording(graph, **_):
+def fake_recording(graph, *_, **__):
     FakeGraph.recording = graph
     yield
     FakeGraph.recording = None

@@ -1508,7 +1508,7 @@ def copy_of(root, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", help="only these (default: all)", nargs="*", metavar="NAME")
     parser.add_argument("--list", help="print the names and run nothing", action="store_true")
     root = Path(__file__).resolve().parent.parent

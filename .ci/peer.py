@@ -44,7 +44,7 @@ def compare(model, x, y, batch_size, amp=False, eps=8 / 255):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkpoint", type=str)
     parser.add_argument("data", type=str)
     parser.add_argument("--n", type=int, default=200, help="images (default: %(default)s)")

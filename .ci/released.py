@@ -3,24 +3,21 @@
     git clone https://github.com/QizhouWang/MAIL ../MAIL
     python .ci/released.py ../MAIL CKPT DATA
 
-The paper builds on that code, which holds AT, TRADES and MART too. Ours is a whole step of
-`train_epoch` with `--weight-norm mail`, in float64, without augmentation. Both take the first 64
-test images and the same noise; pixels are kept off 0 and 1, since that code does not clamp PGD's
-start.
+The paper builds on that code, which holds AT, TRADES and MART too. Ours is `train_step` with
+`--weight-norm mail`, in float64. Both take the first 64 test images and the same noise; pixels are
+kept off 0 and 1, since that code does not clamp PGD's start.
 """
 
 import argparse
 import sys
 import warnings
 from pathlib import Path
-from unittest import mock
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clirat
 import models
-from speed import attack_of
 
 METHODS = "at", "trades", "mart", "mail-at", "mail-trades", "mail-mart"
 
@@ -44,20 +41,16 @@ def theirs(args, net, x, y):
 
 def ours(args, net, x, y):
     """Loss and gradient (P,) of Algorithm 1: what an optimiser of rate 1 takes off."""
-    optimizer = torch.optim.SGD(net.parameters(), 1.0)
+    optimizer, attack = torch.optim.SGD(net.parameters(), 1.0), clirat.inner_attack(args, net)
     before = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
-
-    def in_order(n, batch_size, device):
-        torch.manual_seed(0)
-        return [torch.arange(n)]
-
-    with mock.patch.multiple(clirat, augment=lambda x: x, shuffled=in_order):
-        row = clirat.train_epoch(args, args.epochs, net, attack_of(args, net), optimizer, x, y)
-    return row["loss"], before - torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    torch.manual_seed(0)
+    loss, *_ = clirat.train_step(args, args.epochs, net.train(), attack, optimizer, x, y)
+    after = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    return loss.item(), before - after
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("released.py", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("released.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("mail", type=Path, help="folder of the released code")
     parser.add_argument("checkpoint")
     parser.add_argument("data")

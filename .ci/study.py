@@ -35,7 +35,7 @@ GRACE = 5  # seconds between SIGINT, at which a program keeps what it has, and S
 
 def parse_args(argv):
     parser = argparse.ArgumentParser("study.py", "%(prog)s [options] [-- options of clirat.py]")
-    parser.description = __doc__.partition("\n")[0]
+    parser.description = (__doc__ or "").partition("\n")[0]
     add, count = parser.add_argument, number(int, 1)
     add("--methods", nargs="+", choices=METHODS, default=["at", "mail-at", "clirat"], metavar="M")
     add("--seeds", nargs="+", type=number(int, 0), default=[1], metavar="S")

@@ -1,8 +1,6 @@
 """python -m pytest -q .ci/test_attacks.py    attacks against loops, closed forms and each other."""
 
 import math
-import sys
-import types
 import warnings
 from functools import partial
 
@@ -14,7 +12,7 @@ from torch import nn
 import eval_attacks
 import models
 from clirat import pgd, pm
-from conftest import Terminal, linear_network, small_images, small_network
+from conftest import linear_network, small_images, small_network
 
 # ---- Formulas ------------------------------------------------------------------------------------
 
@@ -197,7 +195,7 @@ def test_fab_against_its_formulas():
     assert wrongs > 0
 
 
-def test_attacks_by_name():
+def test_attacks_by_name(monkeypatch):
     (x, y), net, eps = small_images(), small_network().eval(), 0.3
     noise = eval_attacks.noise(x.shape[1:], torch.arange(12), 0)
     assert torch.equal(noise[5:6], eval_attacks.noise(x.shape[1:], torch.tensor([5]), 0))
@@ -214,16 +212,17 @@ def test_attacks_by_name():
         torch.testing.assert_close(found, images)
         alone = eval_attacks.ATTACKS[name](net, x[7:8], y[7:8], eps=eps, index=torch.tensor([7]))
         torch.testing.assert_close(alone, images[7:8])
-    assert eval_attacks.STAGES["apgd-t"].keywords == {"loss": "targeted"}
+    assert eval_attacks.ATTACKS["apgd-t"].keywords == {"loss": "targeted"}
     for index in torch.arange(3), torch.arange(12) - 1:
         with pytest.raises(ValueError, match="want index"):
             eval_attacks.apgd(net, x, y, eps=eps, index=index)
+    monkeypatch.setitem(eval_attacks.ATTACKS, "far", lambda *_, **__: (x + 0.1).clamp(max=1))
     with pytest.raises(RuntimeError, match="left the ball"):
-        eval_attacks.verdict(net, x, y, (x + 0.1).clamp(max=1), 0.05, 5)
+        eval_attacks.attack_and_judge("far", net, x, y, judge=net, eps=0.05, batch_size=5)
 
 
 def test_points_leave_at_their_first_success():
-    calls, ticks = [], []
+    calls = []
 
     def attack(points, k, active):
         for step in 0, 1:
@@ -232,14 +231,12 @@ def test_points_leave_at_their_first_success():
             yield images, (points == k) | (step == 1) & (points == 3)
 
     x, y = torch.zeros(5, 3, 2, 2), torch.zeros(5, dtype=torch.int64)
-    options = {"targets": 3, "passes": 7, "tick": ticks.append}
-    x_adv = eval_attacks.in_batches(attack, x, y, 3, **options)
+    x_adv = eval_attacks.in_batches(attack, x, y, 3, targets=3)
     assert calls == [
         (0, 0, [0, 1, 2]), (0, 1, [1, 2]), (0, 0, [3, 4]), (0, 1, [3, 4]),
         (1, 0, [1, 2, 4]), (1, 1, [2, 4]), (2, 0, [2, 4]), (2, 1, [4]),
     ]  # fmt: skip
     assert x_adv[:, 0, 0, 0].tolist() == [1, 3, 5, 2, 0]
-    assert ticks == [7 * len(points) for _, _, points in calls]
 
 
 def test_a_point_the_judge_keeps_goes_on():
@@ -251,14 +248,14 @@ def test_a_point_the_judge_keeps_goes_on():
         return torch.stack([x[:, 0, 0, 0] < 0.15, x[:, 0, 0, 0] > 0.15], 1).float()
 
     x, y = torch.zeros(2, 3, 2, 2), torch.tensor([0, 0])
-    x_adv = eval_attacks.in_batches(attack, x, y, 2, passes=1, judge=judge)
+    x_adv = eval_attacks.in_batches(attack, x, y, 2, judge=judge)
     assert (x_adv == 0.2).all()
 
 
 @pytest.mark.parametrize("name", ["pgd20", "pgd100", "cw", "apgd", "apgd-t", "square", "aa"])
 def test_seeds_differ(name):
     (x, _), net = small_images(), small_network().eval()
-    y, attack = net(x).argmax(1), (eval_attacks.ATTACKS | eval_attacks.STAGES)[name]
+    y, attack = net(x).argmax(1), (eval_attacks.ATTACKS | {"aa": eval_attacks.autoattack})[name]
     one, two = (attack(net, x, y, eps=0.3, seed=seed) for seed in (0, 1))  # fools them at once
     assert ((one != two).flatten(1).any(1)).all()
 
@@ -268,7 +265,7 @@ def test_the_judge_has_the_last_word():
     other[4].weight.data += 0.02 * torch.randn_like(other[4].weight)
     for name in ("apgd", "fab-t", "square"):
         before = [t.clone() for t in net.train().state_dict().values()]
-        x_adv = eval_attacks.STAGES[name](other, x, y, eps=0.02, judge=net)
+        x_adv = eval_attacks.ATTACKS[name](other, x, y, eps=0.02, judge=net)
         assert all(map(torch.equal, before, net.state_dict().values()))
         net.eval()
         moved = (x_adv != x).flatten(1).any(1)
@@ -279,7 +276,7 @@ def test_the_judge_has_the_last_word():
 # ---- What every attack does ----------------------------------------------------------------------
 
 
-ATTACKS = eval_attacks.ATTACKS | eval_attacks.STAGES | {
+ATTACKS = eval_attacks.ATTACKS | {
     "apgd-t": partial(eval_attacks.apgd, loss="targeted", steps=20),
     "dlr": partial(eval_attacks.apgd, loss="dlr"),
     "fab-t": partial(eval_attacks.fab_t, steps=20),
@@ -288,7 +285,7 @@ ATTACKS = eval_attacks.ATTACKS | eval_attacks.STAGES | {
 
 
 @pytest.mark.filterwarnings("ignore:the gradient")
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "aa"])
+@pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize(("n", "eps"), [(12, 0.03), (1, 0.03), (12, 0.0), (3, 1.0)])
 def test_attack_invariants(name, n, eps):
     (x, y), net = small_images(n), small_network().train()
@@ -370,34 +367,36 @@ def test_graphs_of_attacks(request):
 def test_evaluate_keeps_and_reuses_verdicts():
     x, y = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8), torch.arange(20) % 3
     net, evaluate = small_network(k=3).eval(), partial(eval_attacks.evaluate, eps=0.01)
-    asked = evaluate(net, x, y, [name for name in eval_attacks.ATTACKS if name != "aa"])
-    assert asked.keys() == eval_attacks.ATTACKS.keys() - {"aa"}
+    asked = evaluate(net, x, y, [*eval_attacks.ATTACKS])
+    assert asked.keys() == eval_attacks.ATTACKS.keys()
     for name, attack in eval_attacks.ATTACKS.items():
-        if name != "aa":
-            x_adv = attack(net, x / 255, y, eps=0.01)
-            wrong = net(x_adv).argmax(1) != y
-            assert torch.equal(wrong[asked[name] >= 0], asked[name][asked[name] >= 0].bool())
+        x_adv = attack(net, x / 255, y, eps=0.01)
+        wrong = net(x_adv).argmax(1) != y
+        assert torch.equal(wrong[asked[name] >= 0], asked[name][asked[name] >= 0].bool())
     shown, first = [], {name: v.clone() for name, v in asked.items() if name in ("nat", "apgd")}
-    first["apgd"][8:][first["apgd"][8:] < 2] = -1  # as if stopped there
+    first["apgd"][8:] = -1  # as if stopped there
     evaluate(
         net, x, y, ["apgd"], batch_size=3, verdicts=first, save=lambda v: shown.append(dict(v))
     )
     assert torch.equal(first["apgd"], asked["apgd"])
-    assert len(shown) == math.ceil((asked["apgd"][8:] < 2).sum() / 3)  # the others were not asked
+    assert len(shown) == math.ceil((asked["apgd"][8:] >= 0).sum() / 3)  # the others were spared
     x_adv = eval_attacks.autoattack(net, x / 255, y, eps=0.01)  # the same attacks in one call
     both = evaluate(net, x, y, ["aa"])
     robust = net(x_adv).argmax(1) == y
     assert torch.equal(robust, both["square"] == 0)
     assert torch.equal(robust, eval_attacks.robust_in(both, "aa"))
-    stages = torch.stack([both[name] for name in ("nat", "apgd", "apgd-t", "fab-t", "square")])
-    assert (stages >= 0).all()
-    assert ((stages == 1).sum(0) == ~robust).all()  # fooled once, then left alone
-    assert ((stages == 2) == ((stages == 1).cumsum(0) - (stages == 1).int() > 0)).all()
+    stages = torch.stack([both[name] for name in ("nat", *eval_attacks.STAGES)])
+    assert ((stages == 1).sum(0) == ~robust).all()  # fooled once, then spared
+    assert ((stages == -1) == ((stages == 1).cumsum(0) - (stages == 1).int() > 0)).all()
+    assert not any(eval_attacks.to_ask(both, name).any() for name in both)
     known = {"nat": torch.ones(20, dtype=torch.int8)}  # all wrong: nothing is left to attack
     evaluate(net, x, y, ["aa"], verdicts=known)
-    assert (known["square"] == 2).all()
+    assert (known["square"] == -1).all()
+    assert not eval_attacks.robust_in(known, "aa").any()
     with pytest.warns(UserWarning, match="needs 4 classes, not 3"):
-        assert torch.equal(eval_attacks.STAGES["apgd-t"](net, x / 255, y, eps=0.01), x / 255)
+        assert torch.equal(eval_attacks.ATTACKS["apgd-t"](net, x / 255, y, eps=0.01), x / 255)
+    with pytest.warns(UserWarning, match="dlr needs 3 classes, not 2"):
+        eval_attacks.apgd(small_network(k=2), x / 255, y % 2, eps=0.01, loss="dlr")
     half = evaluate(net, x, y, ["apgd"], amp=True)["apgd"]
     assert (half != asked["apgd"]).sum() <= 2
     with pytest.raises(TypeError, match="uint8"):
@@ -410,16 +409,16 @@ def test_evaluate_keeps_and_reuses_verdicts():
 
 
 def test_what_is_attacked(monkeypatch):
-    class Odd(nn.Module):  # registered in another order than applied
+    class Asks(nn.Module):  # a tracer sees another network
         def __init__(self):
             super().__init__()
             self.conv, self.bn = nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3)
-            nn.init.uniform_(self.bn.running_mean, 1, 2)
 
         def forward(self, x):
-            return self.conv(self.bn(x)).flatten(1)
+            x = self.bn(self.conv(x) + isinstance(x, torch.Tensor)).flatten(1)
+            return x
 
-    (x, _), net, odd, met = small_images(), small_network().eval(), Odd().eval(), {}
+    (x, _), net, odd, met = small_images(), small_network().eval(), Asks().eval(), {}
     assert eval_attacks.stand_in(odd, x) is odd
     for change in (
         lambda net: net.register_forward_hook(print),
@@ -428,33 +427,26 @@ def test_what_is_attacked(monkeypatch):
         other = small_network().eval()
         change(other)
         assert eval_attacks.stand_in(other, x) is other
-    for name in eval_attacks.STAGES:
+    attack_and_judge = eval_attacks.attack_and_judge
 
-        def spy(model, x, y, *, judge, name=name, **_):
-            met[name] = next(model.parameters()).dtype, judge
-            assert isinstance(model, models.Folded)
-            return x
+    def spy(name, model, x, y, *, judge, **options):
+        met[name] = model, judge
+        return attack_and_judge("nat", model, x, y, judge=judge, **options)
 
-        monkeypatch.setitem(eval_attacks.STAGES, name, spy)
-    judges, verdict = [], eval_attacks.verdict
-
-    def spied_verdict(model, *rest):
-        judges.append(model)
-        return verdict(model, *rest)
-
-    monkeypatch.setattr(eval_attacks, "verdict", spied_verdict)
+    monkeypatch.setattr(eval_attacks, "attack_and_judge", spy)
     images = (x * 255).round().byte()
     labels = net(images / 255).argmax(1)
-    eval_attacks.evaluate(net, images, labels, ["aa"], eps=0.01, amp=True)
-    assert all(model is net for model in judges)
-    dtypes = {name: dtype for name, (dtype, _) in met.items()}
-    half = dict.fromkeys(("apgd-t", "fab-t"), torch.bfloat16)
-    assert {name: dtypes[name] for name in half} == half
-    assert dtypes["square"] == torch.float32
+    eval_attacks.evaluate(net, images, labels, ["aa", "cw"], eps=0.01, amp=True)
     assert all(judge is net for _, judge in met.values())
+    dtypes = {name: next(model.parameters()).dtype for name, (model, _) in met.items()}
+    assert dtypes.pop("square") == torch.float32  # it wants exact gains
+    assert dtypes == dict.fromkeys(("nat", "cw", "apgd", "apgd-t", "fab-t"), torch.bfloat16)
     met.clear()
     eval_attacks.autoattack(net, images / 255, labels, eps=0.01)
-    assert [judge is net for _, judge in met.values()] == [True] * 4
+    assert list(met) == ["nat", *eval_attacks.STAGES]
+    for model, judge in met.values():
+        assert isinstance(model, models.Folded)
+        assert judge is net
 
 
 def test_which_networks_are_recorded():
@@ -470,6 +462,55 @@ def test_which_networks_are_recorded():
         )
 
 
+class OnesOwn(nn.Module):
+    """A network that has no copy in bfloat16: a plain tensor in it, or a forward that asks."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.mean, self.net = kind, torch.full((3, 1, 1), 0.5), small_network()
+
+    def forward(self, x):
+        return self.net(x.float() if self.kind == "asks" else x - self.mean)
+
+
+@pytest.mark.parametrize("kind", ["asks", "plain tensor"])
+def test_amp_where_there_is_no_copy_in_bfloat16(kind):
+    net, images = OnesOwn(kind).eval(), (X * 255).round().byte()
+    labels, names = net(images / 255).argmax(1), ["pgd20", "apgd", "square"]
+    expected = eval_attacks.evaluate(net, images, labels, names, eps=0.02)
+    with pytest.warns(UserWarning, match="amp does nothing: this model has no copy in bfloat16"):
+        found = eval_attacks.evaluate(net, images, labels, names, eps=0.02, amp=True)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert 0 < (expected["apgd"] == 1).sum() < 12
+
+
+def test_defaults_of_pytorch_change_no_verdict():
+    net, images = small_network().eval(), (X * 255).round().byte()
+    names = [*eval_attacks.ATTACKS]
+    labels = net(images / 255).argmax(1)
+    expected = eval_attacks.evaluate(net, images, labels, names, eps=0.02)
+    x_adv = eval_attacks.autoattack(net, images / 255, labels, eps=0.02)
+    for change, back in (
+        (partial(torch.set_default_dtype, torch.float64), torch.float32),
+        (partial(torch.set_default_device, "meta"), None),
+    ):
+        change()
+        try:
+            found = eval_attacks.evaluate(net, images, labels, names, eps=0.02)
+            again = eval_attacks.autoattack(net, images.float() / 255, labels, eps=0.02)
+        finally:
+            change.func(back)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert torch.equal(again, x_adv)
+
+
+def test_inference_mode_is_named():
+    attacks = partial(pgd, step_size=0.1, steps=1), eval_attacks.apgd, eval_attacks.autoattack
+    for attack in attacks:
+        with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+            attack(small_network(), X, Y, eps=0.1)
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [
@@ -481,7 +522,7 @@ def test_which_networks_are_recorded():
     ],
 )
 def test_doubts_reach_python_users(output, message, monkeypatch):
-    monkeypatch.setattr(eval_attacks, "STAGES", {"apgd": eval_attacks.apgd})
+    monkeypatch.setattr(eval_attacks, "STAGES", ["apgd"])
     (x, y), net = small_images(2), small_network().eval()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -501,35 +542,23 @@ def test_few_zero_gradients_are_no_doubt():
 
 
 def test_masking():
-    figures = {"pgd20": 50.0, "aa": 48.0, "fab-t": 50.0, "square": 50.0}
-    cases = ({}, 0), ({"aa": 46.0}, 1), ({"pgd100": 52.0}, 1), ({"square": 49.0}, 1)
-    for change, expected in cases:
-        found = {name: {"accuracy": value} for name, value in (figures | change).items()}
-        assert len(eval_attacks.masking(found)) == expected
+    def sentences(n, **robust):
+        usual = {"pgd20": 0.50, "aa": 0.48, "fab-t": 0.48, "square": 0.48}
+        figures = {}
+        for name, share in (usual | robust).items():
+            k = round(share * n)
+            interval = [100 * end for end in eval_attacks.wilson(k, n)]
+            figures[name] = {"robust": k, "accuracy": 100 * k / n, "interval": interval}
+        return eval_attacks.masking(figures)
 
-
-def test_progress_of_an_evaluation(monkeypatch):
-    net, (x, y), passes = small_network().eval(), small_images(12), []
-    y = net(x).argmax(1)
-    for name, most in eval_attacks.PASSES.items():
-        passes.clear()
-        attack = (eval_attacks.STAGES | eval_attacks.ATTACKS)[name]
-        attack(net, x[:3], y[:3], eps=0.0, batch_size=2, tick=passes.append)  # none is fooled
-        if name not in ("nat", "fgsm"):  # one step
-            assert sum(passes) == 3 * most
-    monkeypatch.setattr("sys.stderr", Terminal())
-    clock = iter(range(0, 10**6))
-    fake = types.SimpleNamespace(perf_counter=lambda: next(clock))
-    monkeypatch.setattr(eval_attacks, "time", fake)
-    images = (x * 255).round().byte()
-    eval_attacks.evaluate(net, images, net(images / 255).argmax(1), ["pgd20"], eps=0, batch_size=6)
-    lines = sys.stderr.getvalue().replace("\033[K", "").split("\r")[1:]
-    # a second a line: 12 images are 12 * (1 + 40) passes, a verdict and each of 4 steps of 5
-    assert lines[0] == "nat, batch 1/2, estimating"
-    assert lines[1] == f"nat, batch 1/2, at most {str_of(2 * (492 - 6) / 6)} left in all"
-    assert lines[-2].startswith("pgd20, batch 2/2, at most 0:00:0")
-    assert lines[-1] == ""
-
-
-def str_of(seconds):
-    return f"0:0{round(seconds) // 60}:{round(seconds) % 60:02d}"
+    assert sentences(1000) == []
+    assert sentences(20, pgd20=0.6) == []  # two images of twenty are no evidence
+    assert sentences(10_000, pgd20=0.505) == []  # nor is what is usual
+    (under,) = sentences(1000, pgd20=0.6)
+    assert under.startswith("AutoAttack is 12.0 points under PGD20 (")
+    (under,) = sentences(1000, pgd100=0.6)
+    assert under.startswith("AutoAttack is 12.0 points under PGD100 (")
+    assert "12.0 points under PGD20, 11.0 points" in sentences(1000, pgd20=0.6, pgd100=0.59)[0]
+    assert "Square takes 1.0" in sentences(1000, **{"fab-t": 0.49})[0]
+    figures = {"pgd20": {"accuracy": 60.0, "interval": [59, 61]}}
+    assert eval_attacks.masking(figures) == []  # AutoAttack was not asked for

@@ -44,20 +44,21 @@ def test_table_by_hand(tmp_path, capsys):
         for seed in 1, 2, 3:
             robust[method, seed] = rng.random(n) < 0.4 + 0.1 * place
             own = robust[method, seed]
-            columns = {"nat": own, "square": own & (np.arange(n) % 3 > 0)}
+            columns = {"nat": own} | dict.fromkeys(("apgd", "apgd-t", "fab-t"), own)
+            columns["square"] = own & (np.arange(n) % 3 > 0)
             files.append(verdict_file(tmp_path, method, seed, columns))
     table.main([*map(str, files)])
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert rows[0] == ["%", "seeds", "NAT", "AA"]
-    assert rows[2] == ["test images", "", "150", "150"]
+    assert rows[0] == ["%", "seeds", "NAT", "APGD", "AA"]
+    assert rows[2] == ["test images", "", "150", "150", "150"]
     names = [row[0] for row in rows[3::2]]
     assert names == [
         "at", "trades", "mail-at", "clirat", "mail-at - at", "clirat - at", "clirat - mail-at"
     ]  # fmt: skip
     assert {row[0] for row in rows[4::2]} == {"the paper's"}
-    assert rows[4][2:] == ["85.64 ± 0.25", "46.87 ± 0.62"]
-    assert rows[-1][2:] == ["-0.14", "-0.97"]  # 83.60 - 83.74, 45.50 - 46.47
+    assert rows[4][2:] == ["85.64 ± 0.25", "48.53 ± 0.19", "46.87 ± 0.62"]
+    assert rows[-1][2:] == ["-0.14", "+3.13", "-0.97"]  # 83.60 - 83.74, ..., 45.50 - 46.47
 
     def mean_and_std(values):
         mean = sum(values) / len(values)
@@ -106,8 +107,9 @@ def test_table_compares_like_with_like(tmp_path, capsys):
     assert rows(*bests)[2][1] == "2"
 
     # several files of a checkpoint: what most runs share; what is not through does not count
-    begun = np.where(np.arange(50) < 49, 0, 2)  # the last one is -1 then
-    files = [*two, make("at", 1, {"nat": np.ones(60)}), make("at", 1, {"square": begun}, n=50)]
+    begun = np.where(np.arange(50) < 49, 0, 2)  # the last one is -1, not asked, then
+    files = [*two, make("at", 1, {"nat": np.ones(60)})]
+    files.append(make("at", 1, {"nat": np.ones(50), "cw": begun}, n=50))
     files += [make("clirat", 1, {"pgd20": some}), make("clirat", 1, {"pgd20": some[:9]}, amp=True)]
     found = rows(*files)
     assert found[0] == ["%", "seeds", "NAT", "PGD20"]
@@ -133,6 +135,18 @@ def test_table_compares_like_with_like(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             table.main([*map(str, two), str(file)])
         assert message in capsys.readouterr().err
+
+
+def test_the_papers_rows():
+    training = {"method": "clirat", "arch": "resnet18", "gamma": 10, "beta": -0.5}
+    settings = {"dataset": "CIFAR-10", "eps": 8 / 255}
+    row = table.paper
+    assert row(settings, training, ["aa", "fgsm"]) == ["45.50 ± 0.90", ""]
+    for arch in "wrn-32-10", "wrn-34-10":  # the same network, counted differently
+        assert row(settings, training | {"arch": arch}, ["aa"]) == ["50.04 ± 0.10"]
+    for other in {"dataset": "toy"}, {"eps": 4 / 255}:
+        assert row(settings | other, training, ["aa"]) == []
+    assert row(settings, training | {"arch": "wrn-10-1"}, ["aa"]) == []
 
 
 WORDS = "--methods clirat at fat mail-at --epochs 3 --arch wrn-10-1 --n 6 --n-long 4 --n-aa 2"
