@@ -437,7 +437,7 @@ def stand_in(model, x, dtype=None):
     return model
 
 
-NOT_ASKED = -1  # in place of a verdict: 1 misclassified, 0 not
+NOT_ASKED = -1  # in place of a verdict: 1 misclassified, 0 not (older files: 2 where spared)
 
 
 def plan(attacks):
@@ -486,6 +486,8 @@ def evaluate(
     *_, classes = checked(model, some, y[:8], eps)
     if len(y) != len(x) or not 0 <= y.min() <= y.max() < classes:
         raise ValueError(f"want {len(x)} labels in 0..{classes - 1}, got {len(y)} up to {y.max()}")
+    if not 0 <= share[0] < share[1]:
+        raise ValueError(f"want share (i, k) with 0 <= i < k, not {share}")
     fast = stand_in(model, some)
     half = stand_in(model, some, torch.bfloat16) if amp else fast
     if amp and half is model:
@@ -576,8 +578,10 @@ def read_verdicts(path):
             settings = json.loads(str(file["settings"]))
             # a KeyError if one is missing
             _ = [settings[name] for name in (*SETTINGS, "dataset")], {**settings["training"]}
-            names = [name for name in file.files if name != "settings"]
-            return {name: torch.from_numpy(file[name]) for name in names}, settings
+            verdicts = {k: torch.from_numpy(file[k]) for k in file.files if k != "settings"}
+            if any(len(verdict) != settings["n"] for verdict in verdicts.values()):
+                raise ValueError(f"not all are of {settings['n']} images")
+            return verdicts, settings
     except Exception as error:  # a damaged file can raise nearly anything
         what = f"{path} is no file of verdicts, or is damaged ({error})"
         raise ValueError(f"{what}: move it away to evaluate afresh") from None

@@ -132,12 +132,12 @@ class Affine(nn.Module):
         self.scale = nn.Parameter(torch.ones(channels, 1, 1, device=device))
         self.shift = nn.Parameter(torch.zeros(channels, 1, 1, device=device))
 
-    def forward(self, x):
+    def forward(self, input):  # BatchNorm's name for it
         # written out along a row: a loop over 16 channels is too short for a CPU's bfloat16
-        row = (1, x.shape[1], 1, x.shape[3])
+        row = (1, input.shape[1], 1, input.shape[3])
         scale = self.scale.expand(row).contiguous(memory_format=torch.channels_last)
         shift = self.shift.expand(row).contiguous(memory_format=torch.channels_last)
-        return torch.addcmul(shift, x, scale)
+        return torch.addcmul(shift, input, scale)
 
 
 def foldable(net):
@@ -146,18 +146,17 @@ def foldable(net):
     By the forward's graph: nobody else takes the convolution's output or weight. No graph: None.
     """
     modules, before = dict(net.named_modules()), {}
-    parameters = dict(net.named_parameters(remove_duplicate=False))
-    owners = Counter(map(id, parameters.values()))  # two for a tied weight, or a module's two names
-    with contextlib.suppress(Exception):  # a forward can do anything
-        nodes = torch.fx.Tracer().trace(net).nodes
+    owners = Counter(id(p) for _, p in net.named_parameters(remove_duplicate=False))  # tied: 2
+    convs = {k: m for k, m in modules.items() if type(m) is nn.Conv2d and m.bias is None}
+    convs = {k for k, m in convs.items() if owners[id(m.weight)] == 1}
+    with contextlib.suppress(Exception):  # a forward can do anything: it is a copy that is traced
+        nodes = torch.fx.Tracer().trace(copy.deepcopy(net)).nodes
         uses = Counter(node.target for node in nodes)
-        for node in (n for n in nodes if n.op == "call_module" and n.args):
-            name = node.args[0].target
-            conv, weight = modules.get(name), f"{name}.weight"
-            once = uses[node.target] == uses[name] == len(node.args[0].users) == 1
-            own = weight not in uses and owners[id(parameters.get(weight))] == 1
-            if once and own and type(conv) is nn.Conv2d and conv.bias is None:
-                before[node.target] = name
+        for node in (node for node in nodes if node.op == "call_module"):
+            conv = [*node.args, *node.kwargs.values()][0]
+            alone = uses[node.target] == uses[conv.target] == len(conv.users) == 1
+            if conv.target in convs and alone and f"{conv.target}.weight" not in uses:
+                before[node.target] = conv.target
     kinds = nn.BatchNorm2d, nn.SyncBatchNorm
     norms = {k: m for k, m in modules.items() if type(m) in kinds and m.running_mean is not None}
     return [(k, before.get(k)) for k, m in norms.items() if owners[id(m.bias)] == 1]
@@ -213,20 +212,20 @@ class Folded(nn.Module):
 
 @torch.no_grad()
 def check_folding(net, x, dtype=None):
-    """ValueError where a network's `Folded` copy is another function on images, or fails in dtype.
-
-    With vectors, BatchNorm's among them, drawn at random: new ones would hide a wrong fold.
-    """
-    net, good = copy.deepcopy(net).eval(), False
-    for vector in (t for t in net.state_dict().values() if t.ndim == 1):
-        vector.uniform_(0.5, 1.5)
+    """ValueError where a network's `Folded` copy is another function on images x, or fails."""
+    net, problem = copy.deepcopy(net).eval(), "is another function"
+    for name, _ in foldable(net):  # at random values: those of a new network hide a wrong fold
+        for tensor in (t for t in net.get_submodule(name).state_dict().values() if t.ndim):
+            tensor.uniform_(0.5, 1.5)
     logits = net(x)
-    with contextlib.suppress(RuntimeError):
+    try:
         same = (Folded(net)(x) - logits).abs().max() < 0.01 * logits.abs().max()  # TF32: 0.001
-        good = same and Folded(net, dtype)(x).isfinite().all()
-    if not good:
-        hint = f"or fails in {dtype}: does its forward ask for types, or hold plain tensors?"
-        raise ValueError(f"the copy of {type(net).__name__} to attack is another function, {hint}")
+        if same and Folded(net, dtype)(x).isfinite().all():
+            return
+    except Exception as error:  # a forward can do anything
+        problem = f"fails{f' in {dtype}' if dtype else ''} ({' '.join(str(error).split())})"
+    hint = "does its forward ask for types, or use more than its layers' outputs?"
+    raise ValueError(f"the copy of {type(net).__name__} to attack {problem}: {hint}")
 
 
 def graphed(function, device):
@@ -280,12 +279,9 @@ def read(path):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file can raise nearly anything
-        kinds = (
-            "a web page, Git LFS pointer, .npz, safetensors, TorchScript, list, objects with code"
-        )
-        what = f"{path} is damaged, or holds no state dict ({kinds}): not loaded"
+        kinds = "a web page, Git LFS pointer, .npz, safetensors, TorchScript, list; code is not run"
         hint = "convert it where it can be loaded: torch.save(model.state_dict(), 'weights.pt')"
-        raise ValueError(f"{what}; {hint}") from error
+        raise ValueError(f"{path} is damaged, or holds no state dict ({kinds}); {hint}") from error
 
 
 def load_weights(net, state, path):
@@ -305,9 +301,10 @@ def load_weights(net, state, path):
 
 def plain(values):
     """What of a dict are plain values, or short lists of them."""
+    values = {str(k): v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
     lists = {k: v if isinstance(v, list) and len(v) < 10 else [v] for k, v in values.items()}
     kinds = str | int | float | None
-    return {str(k): values[k] for k, v in lists.items() if all(isinstance(i, kinds) for i in v)}
+    return {k: values[k] for k, v in lists.items() if all(isinstance(i, kinds) for i in v)}
 
 
 def load(path, name=None):
@@ -345,6 +342,6 @@ def load(path, name=None):
         name = f"wrn-{6 * len(blocks) + 4}-{len(state[blocks[0]]) // 16}" if blocks else "resnet18"
     heads = [state[key] for key in ("linear.bias", "fc.bias") if key in state]
     heads += [value for value in state.values() if value.ndim == 1][-1:]
-    net = build(name, len(heads[0]) if heads else 10)
+    net = build(name, heads[0].numel() if heads else 10)
     load_weights(net, state, path)
     return net.eval(), metadata | {"arch": name}

@@ -122,9 +122,18 @@ class OnesOwn(nn.Module):
             self.bn1 = nn.BatchNorm2d(3, track_running_stats=False)
         if kind == "subclass":
             self.bn1 = Doubled(3)
+        self.register_buffer("order", torch.tensor([2, 0, 1]))
+        self.mask = None
 
     def forward(self, x):
         out = self.conv1(x)
+        if self.kind == "keeps a tensor":
+            self.mask = torch.ones_like(x[:1, :1]) if self.mask is None else self.mask
+            return self.fc(self.bn1(out).mul(self.mask)[:, self.order].mean((2, 3)))
+        if self.kind == "keyword":
+            return self.fc(self.bn2(input=self.bn1(input=out)).mean((2, 3)))
+        if self.kind == "reads":
+            return self.fc(self.bn1(out).mul(self.bn1.weight.mean()).mean((2, 3)))
         if self.kind == "output used twice":
             return self.fc(self.last(self.bn1(out).add(out).mean((2, 3))))
         if self.kind == "weight used twice":
@@ -148,7 +157,7 @@ class Doubled(nn.BatchNorm2d):
 
 
 KINDS = ["plain", "two names", "tied weight", "no parameters", "no statistics", "subclass"]
-KINDS += ["output used twice", "weight used twice", "before", "values"]
+KINDS += ["output used twice", "weight used twice", "before", "values", "keeps a tensor", "keyword"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -177,7 +186,9 @@ def test_a_copy_that_is_another_function_is_refused(data, tmp_path, monkeypatch,
     half = OnesOwn()
     half.fc.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
     models.check_folding(half, x)
-    with pytest.raises(ValueError, match=r"or fails in torch\.bfloat16: does"):
+    with pytest.raises(ValueError, match=r"to attack fails .'Identity' object has"):
+        models.check_folding(OnesOwn("reads"), x)
+    with pytest.raises(ValueError, match=r"to attack fails in torch\.bfloat16 .*: does its"):
         models.check_folding(half, x, torch.bfloat16)
     build = models.build
     own = {"types": lambda k: OnesOwn("types", k), "half": lambda k: half}
@@ -187,7 +198,7 @@ def test_a_copy_that_is_another_function_is_refused(data, tmp_path, monkeypatch,
     for words in ["--arch", "types"], ["--arch", "half", "--amp"]:
         with pytest.raises(SystemExit, match="2"):
             run(data, "--out", tmp_path / "run", *words)
-        assert "copy of OnesOwn to attack is another function" in capsys.readouterr().err
+        assert "clirat.py: error: the copy of OnesOwn to attack " in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
 
@@ -213,7 +224,7 @@ def test_other_peoples_checkpoints(name, tmp_path):
     state, x = net.state_dict(), torch.rand(2, 3, 16, 16)
     expected = net.eval()(x)
     beside = {"epoch": 3, "best": np.float64(0.5), "path": Path("a/b"), "arch": "ResNet18"}
-    beside |= {"rng": np.random.get_state()}
+    beside |= {"rng": np.random.get_state(), "seen": np.int64(7)}
     beside |= {"optimizer": {"state": {}}, "args": argparse.Namespace(lr=0.1, out=Path("x"))}
     files = [{key: state} | beside for key in ("net", "model", "state_dict", "weights")]
     prefixes = (
@@ -240,7 +251,7 @@ def test_other_peoples_checkpoints(name, tmp_path):
         for item in file.namelist():
             older.writestr(item, file.read(item).replace(b"numpy._core", b"numpy.core"))
     path = tmp_path / "numpy_1.pt"
-    assert models.load(path)[1] == {"epoch": 3, "best": 0.5, "arch": name, "lr": 0.1}
+    assert models.load(path)[1] == {"epoch": 3, "best": 0.5, "seen": 7, "arch": name, "lr": 0.1}
     other = {key: 2 * value for key, value in state.items()}
     for first, second in ("ema", "net"), ("net", "ema"):  # the first is taken, and it is said
         torch.save({first: state, second: other, "epoch": 3}, path)
@@ -264,9 +275,9 @@ WRN = models.build("wrn-10-1").state_dict()
 
 
 REFUSED = {
-    "code": (RunsCode(), "not loaded.*state_dict"),
-    "module": (small_network(), "objects with code"),
-    "defaultdict": (collections.defaultdict(int, WRN), "objects with code.*torch.save"),
+    "code": (RunsCode(), "code is not run.*state_dict"),
+    "module": (small_network(), "code is not run"),
+    "defaultdict": (collections.defaultdict(int, WRN), "code is not run.*torch.save"),
     "list": ([1, 2], "no state dict .*list"),
     "other keys": ({"model": {"a": torch.ones(1)}}, "no weights of ResNet-18"),
     "web page": (b"\n<!DOCTYPE html><html>", "web page"),
@@ -1060,6 +1071,7 @@ BAD = {
         ("weights.pt --json nowhere/figures.json", "nowhere"),
         ("weights.pt --json weights.pt", "no .json"),
         ("damaged.pt --attacks nat", "is damaged"),
+        ("short.pt --attacks nat", "is damaged (not all are of 30 images)"),
     ],
 }
 
@@ -1093,6 +1105,11 @@ def desk(data, straight, tmp_path_factory):
     eval_attacks.main(words)
     (verdicts,) = folder.glob("damaged.pt.*.npz")
     verdicts.write_text("damaged")
+    shutil.copy(folder / "weights.pt", folder / "short.pt")
+    eval_attacks.main([str(folder / "short.pt"), *words[1:]])
+    (short,) = folder.glob("short.pt.*.npz")
+    with np.load(short) as file:
+        np.savez(short, settings=file["settings"], nat=file["nat"][:5])
     (folder / "list").mkdir()
     (folder / "list" / "args.json").write_text("[]")
     (folder / "pile").mkdir()
@@ -1429,6 +1446,9 @@ def test_shares_of_an_evaluation(processes):
         assert all((verdict[others] == -1).all() for verdict in verdicts.values())
     merged = {name: torch.stack([v[name] for v in shares]).amax(0) for name in shares[0]}
     assert same(merged, evaluate())
+    for share in (2, 2), (-1, 2), (0, 0):
+        with pytest.raises(ValueError, match="want share"):
+            evaluate(share=share)
 
 
 @pytest.mark.parametrize("stderr", [None, types.SimpleNamespace(write=print, flush=print)])
