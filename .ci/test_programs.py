@@ -124,6 +124,7 @@ class OnesOwn(nn.Module):
             self.bn1 = Doubled(3)
         self.register_buffer("order", torch.tensor([2, 0, 1]))
         self.mask = None
+        self.closure = lambda x: self.bn1(self.conv1(x))  # in a copy still these layers
 
     def forward(self, x):
         out = self.conv1(x)
@@ -132,6 +133,8 @@ class OnesOwn(nn.Module):
             return self.fc(self.bn1(out).mul(self.mask)[:, self.order].mean((2, 3)))
         if self.kind == "keyword":
             return self.fc(self.bn2(input=self.bn1(input=out)).mean((2, 3)))
+        if self.kind == "closure":
+            return self.fc(self.closure(x).mean((2, 3)))
         if self.kind == "reads":
             return self.fc(self.bn1(out).mul(self.bn1.weight.mean()).mean((2, 3)))
         if self.kind == "output used twice":
@@ -181,8 +184,9 @@ def test_folding_of_other_networks(kind):
 
 def test_a_copy_that_is_another_function_is_refused(data, tmp_path, monkeypatch, capsys):
     x = torch.rand(4, 3, 8, 8)
-    with pytest.raises(ValueError, match="copy of OnesOwn to attack is another function"):
-        models.check_folding(OnesOwn("types"), x)
+    for kind in "types", "closure":
+        with pytest.raises(ValueError, match="copy of OnesOwn to attack is another function"):
+            models.check_folding(OnesOwn(kind), x)
     half = OnesOwn()
     half.fc.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
     models.check_folding(half, x)
