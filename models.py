@@ -214,15 +214,15 @@ class Folded(nn.Module):
 def check_folding(net, x, dtype=None):
     """ValueError where a network's `Folded` copy is another function on images x, or fails."""
     net, problem = copy.deepcopy(net).eval(), "is another function"
-    folds, plain = foldable(net), net(x)
-    for name, _ in folds:  # at random values: those of a new network hide a wrong fold
+    for zeros in (parameter for parameter in net.parameters() if not parameter.any()):
+        zeros.normal_()  # a last layer of zeros would hide all, a new BatchNorm a wrong fold
+    for name, _ in foldable(net):
         for tensor in (t for t in net.get_submodule(name).state_dict().values() if t.ndim):
             tensor.uniform_(0.5, 1.5)
     logits = net(x)
     try:
         same = (Folded(net)(x) - logits).abs().max() < 0.01 * logits.abs().max()  # TF32: 0.001
-        own = not folds or not torch.equal(logits, plain)  # it does not run the original's layers
-        if same and own and Folded(net, dtype)(x).isfinite().all():
+        if same and Folded(net, dtype)(x).isfinite().all():
             return
     except Exception as error:  # a forward can do anything
         problem = f"fails{f' in {dtype}' if dtype else ''} ({' '.join(str(error).split())})"
