@@ -188,14 +188,13 @@ def apgd(model, x, y, *, eps, steps=100, loss="ce", seed=0, index=None, batch_si
     checks = apgd_checks(steps)
     targets = targets_of(model, x, y, batch_size) if loss == "targeted" else y[None]
 
+    @partial(on_active_rows, model=model, batch_size=batch_size)
     def loss_and_grad(x, y, target):
         x = x.detach().requires_grad_()
         logits = model(x)
         value = objective(logits, y, target)
         (grad,) = torch.autograd.grad(value.sum(), x)
         return value.detach(), grad, logits.detach()
-
-    loss_and_grad = on_active_rows(loss_and_grad, model, batch_size)
 
     def attack(points, k, active):
         clean, labels, target = x[points], y[points], targets[k, points]
@@ -267,6 +266,7 @@ def fab_t(model, x, y, *, eps, steps=100, seed=0, index=None, batch_size=64, **s
     x, y, _, _ = checked(model, x, y, eps)
     targets = targets_of(model, x, y, batch_size)
 
+    @partial(on_active_rows, model=model, batch_size=batch_size)
     def boundary(x, y, target):  # of the linearised classifier: <w, .> = b
         x = x.detach().requires_grad_()
         logits = model(x)
@@ -274,12 +274,10 @@ def fab_t(model, x, y, *, eps, steps=100, seed=0, index=None, batch_size=64, **s
         (w,) = torch.autograd.grad(f.sum(), x)
         return w, (w * x.detach()).sum((1, 2, 3)) - f.detach()
 
+    @partial(on_active_rows, model=model, batch_size=batch_size)
     def classify(x):
         with torch.no_grad():
             return (model(x),)
-
-    boundary = on_active_rows(boundary, model, batch_size)
-    classify = on_active_rows(classify, model, batch_size)
 
     def attack(points, k, active):
         clean, labels, target = x[points], y[points], targets[k, points]
@@ -321,12 +319,11 @@ def square(model, x, y, *, eps, queries=5000, seed=0, index=None, batch_size=64,
     places = draw(queries, 2, dtype=torch.float64).tolist()
     signs = draw(queries, channels, 1, 1, dtype=torch.float32).sub(0.5).sign().to(x)
 
+    @partial(on_active_rows, model=model, batch_size=batch_size)
     def judged(x, y):
         with torch.no_grad():
             logits = model(x)
         return pm(logits, y), is_wrong(logits, y)
-
-    judged = on_active_rows(judged, model, batch_size)
 
     def attack(points, _, active):
         clean, labels = x[points], y[points]

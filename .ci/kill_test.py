@@ -15,12 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from conftest import same  # noqa: E402
+from eval_attacks import read_verdicts, to_ask  # noqa: E402
 
 DATA = sys.argv[1] if len(sys.argv) > 1 else "toy"
 KILLS = int(sys.argv[2]) if len(sys.argv) > 2 else 20
@@ -123,8 +123,9 @@ def main():
         process = start_evaluation(straight / "copy.pt", 2)
 
         def after_apgd_t():
-            found = [np.load(file)["apgd-t"] for file in straight.glob("copy.pt.*.npz")]
-            return found and (found[0] != -1).all()
+            for file in straight.glob("copy.pt.*.npz"):
+                verdicts, _ = read_verdicts(file)
+                return not any(to_ask(verdicts, name).any() for name in ("nat", "apgd", "apgd-t"))
 
         assert wait_for(after_apgd_t, process)
         process.kill()
