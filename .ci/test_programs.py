@@ -280,9 +280,9 @@ WRN = models.build("wrn-10-1").state_dict()
 
 
 REFUSED = {
-    "code": (RunsCode(), "code is not run.*state_dict"),
-    "module": (small_network(), "code is not run"),
-    "defaultdict": (collections.defaultdict(int, WRN), "code is not run.*torch.save"),
+    "code": (RunsCode(), "no code is run here.*state_dict"),
+    "module": (small_network(), "no code is run"),
+    "defaultdict": (collections.defaultdict(int, WRN), "defaultdict.*torch.save"),
     "list": ([1, 2], "no state dict .*list"),
     "other keys": ({"model": {"a": torch.ones(1)}}, "no weights of ResNet-18"),
     "web page": (b"\n<!DOCTYPE html><html>", "web page"),
