@@ -357,7 +357,7 @@ def statistics(losses, weights, num_cl):
 def train(args, data, net, optimizer, state):
     """Algorithm 1 from the epoch after state["epoch"] on. data: of `load_data`, on the device."""
     x_train, y_train, x_test, y_test = data
-    model, world = net, rank_and_world()[1]
+    model = net
     if dist.is_initialized():
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # since torch 2.13
         model = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
@@ -371,7 +371,7 @@ def train(args, data, net, optimizer, state):
         row = train_epoch(args, epoch, model, attack, optimizer, x_train, y_train)  # l.2-15
         row["seconds"] = time.perf_counter() - begun
         row |= {"images_per_s": len(x_train) / row["seconds"], "nat": None, "pgd20": None}
-        for buffer in net.buffers() if world > 1 else []:  # without SyncBatchNorm they differ
+        for buffer in net.buffers() if dist.is_initialized() else []:  # BatchNorm's differ
             dist.broadcast(buffer, 0)
         if args.eval_every and epoch % args.eval_every == 0:
             images, labels = x_test[: args.eval_size], y_test[: args.eval_size]
@@ -413,8 +413,8 @@ def nat_and_pgd20(args, net, attack, x, y):
 
 def progress(batches, label, passes=1):
     """Yield the batches; on a terminal, say where it is, and when `passes` such passes will end."""
-    terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()  # where closed, it is None
-    show, begun = is_lead() and terminal, time.perf_counter()
+    show = is_lead() and hasattr(sys.stderr, "isatty") and sys.stderr.isatty()  # None if closed
+    begun = time.perf_counter()
     for done, batch in enumerate(batches):
         if show:
             rate = (time.perf_counter() - begun) / max(done, 1)
@@ -749,7 +749,7 @@ def setup(args, device, data, start):
 
 def main(argv=None):
     args = parse_args(argv)
-    out, state = Path(args.out), {"epoch": 0}
+    out = Path(args.out)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA, as convolutions have it by default
     torch.backends.cudnn.benchmark = True
     with contextlib.ExitStack() as held:
