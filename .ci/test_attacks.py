@@ -413,10 +413,11 @@ def test_what_is_attacked(monkeypatch):
         def __init__(self):
             super().__init__()
             self.conv, self.bn = nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3)
+            nn.init.uniform_(self.bn.running_var, 2, 3)
 
         def forward(self, x):
-            x = self.bn(self.conv(x) + isinstance(x, torch.Tensor)).flatten(1)
-            return x
+            out = self.conv(x)
+            return self.bn(out + 1 if isinstance(out, torch.Tensor) else out).flatten(1)
 
     (x, _), net, odd, met = small_images(), small_network().eval(), Asks().eval(), {}
     assert eval_attacks.stand_in(odd, x) is odd
