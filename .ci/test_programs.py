@@ -137,15 +137,14 @@ class OnesOwn(nn.Module):
         if self.kind == "output used twice":
             return self.fc(self.last(self.bn1(out).add(out).mean((2, 3))))
         if self.kind == "weight used twice":
-            out = out + F.conv2d(x, self.conv1.weight, padding=1)
-            return self.fc(self.bn1(self.conv1(x)).add(out).mean((2, 3)))
+            again = F.conv2d(x, self.conv1.weight, padding=1)
+            return self.fc(self.bn1(out).add(again).mean((2, 3)))
         if self.kind == "before":
             return self.fc(self.conv2(self.bn2(self.bn1(x))).relu().mean((2, 3)))
         if self.kind == "values" and x.mean() > 9:
             return self.fc(out.mean((2, 3)))
-        if self.kind == "types" and not isinstance(out, torch.Tensor):
-            return self.fc(self.bn2(out).mean((2, 3)))
-        if self.kind == "types":
+        if self.kind == "types":  # what a tracer does not see
+            out = out + 1 if isinstance(out, torch.Tensor) else out
             return self.fc(self.bn1(out).mean((2, 3)))
         out = self.conv2(self.bn1(out).relu())
         return self.fc(self.last(self.bn2(out).relu().mean((2, 3))))
