@@ -281,8 +281,8 @@ def read(path):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file can raise nearly anything
-        kinds = "a web page, Git LFS pointer, .npz, safetensors, TorchScript, list, defaultdict"
-        hint = "convert it (no code is run here): torch.save(model.state_dict(), 'weights.pt')"
+        kinds = "web page, LFS pointer, .npz, safetensors, TorchScript, list, defaultdict, module"
+        hint = "convert it where it can be loaded: torch.save(model.state_dict(), 'weights.pt')"
         raise ValueError(f"{path} is damaged, or holds no state dict ({kinds}); {hint}") from error
 
 

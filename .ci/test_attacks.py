@@ -496,6 +496,7 @@ def test_defaults_of_pytorch_change_no_verdict(shortened):
     labels = net(images / 255).argmax(1)
     expected = eval_attacks.evaluate(net, images, labels, names, eps=0.02)
     x_adv = eval_attacks.autoattack(net, images / 255, labels, eps=0.02)
+    found_by = {k: f(net, images / 255, labels, eps=0.1) for k, f in eval_attacks.ATTACKS.items()}
     for change, back in (
         (partial(torch.set_default_dtype, torch.float64), torch.float32),
         (partial(torch.set_default_device, "meta"), None),
@@ -504,6 +505,8 @@ def test_defaults_of_pytorch_change_no_verdict(shortened):
         try:
             found = eval_attacks.evaluate(net, images, labels, names, eps=0.02)
             again = eval_attacks.autoattack(net, images.float() / 255, labels, eps=0.02)
+            for k, attack in eval_attacks.ATTACKS.items():
+                assert torch.equal(attack(net, images.float() / 255, labels, eps=0.1), found_by[k])
         finally:
             change.func(back)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
