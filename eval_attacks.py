@@ -531,9 +531,9 @@ def masking(figures):
     """Sentences on figures of `summarise` that look like gradient masking."""
     found, under, aa = [], [], figures.get("aa")
     for name in ("pgd20", "pgd100") if aa else []:
-        pgd = figures.get(name, aa)
-        gap = pgd["accuracy"] - aa["accuracy"]
-        if gap > 3 and pgd["interval"][0] > aa["interval"][1]:
+        figure = figures.get(name, aa)
+        gap = figure["accuracy"] - aa["accuracy"]
+        if gap > 3 and figure["interval"][0] > aa["interval"][1]:
             under.append(f"{gap:.1f} points under {name.upper()}")
     if under:
         usual = "the paper's AT: 4 to 5, its MAIL-AT and CLIRAT: 11 to 15"
