@@ -19,7 +19,7 @@ import models
 from clirat import METHODS
 from conftest import small_network
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / ".figures")]
+sys.path.insert(0, str(Path(__file__).parent.parent / ".figures"))
 import study
 import table
 
