@@ -1,20 +1,17 @@
-"""python -m pytest -q .ci/test_attacks.py    attacks against loops, closed forms and each other."""
+"""Attacks against loops, closed forms and each other."""
 
 import math
-import warnings
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import eval_attacks
-import models
 from clirat import pgd, pm
-from conftest import linear_network, small_images, small_network
+from conftest import SHORT_ATTACKS, linear_network, small_images, small_network
 
-# ---- Formulas ------------------------------------------------------------------------------------
+X, Y = small_images()
 
 
 def test_square_side_by_hand():
@@ -75,9 +72,6 @@ def test_linear_network_has_a_known_radius():
     assert torch.equal(net(x_adv).argmax(1) != y, 1.0052 * radius <= eps)  # a little beyond it
 
 
-# ---- Attacks against loops -----------------------------------------------------------------------
-
-
 def stubborn_network(seed=0):
     """A network that nothing fools, an image of the class it holds to, and what it is fed."""
     net, seen = small_network(seed=seed).double().eval(), []
@@ -127,6 +121,13 @@ def test_apgd_against_a_loop(eps, seed):
     assert by_best_alone == (seed == 26)
 
 
+def test_each_target_of_apgd_has_its_own_noise():
+    net, x, y, seen = stubborn_network()
+    eval_attacks.apgd(net, x, y, eps=0.1, loss="targeted", steps=2)
+    starts = torch.cat(seen[2::3])  # after the checks; a start and two steps a target
+    assert len(starts.flatten(1).unique(dim=0)) == 9
+
+
 def test_square_goes_on_from_its_best():
     net, x, y, seen = stubborn_network()
     eval_attacks.square(net, x, y, eps=0.1, queries=300)
@@ -146,8 +147,9 @@ def test_square_goes_on_from_its_best():
     assert 0 < accepted < 300
 
 
-def test_square_reaches_all_of_a_wide_image():
-    x, seen = torch.full((1, 3, 4, 20), 0.5), []
+@pytest.mark.parametrize("size", [(4, 20), (20, 4)])
+def test_square_reaches_all_of_an_oblong_image(size):
+    x, seen = torch.full((1, 3, *size), 0.5), []
 
     def model(x):  # never fooled, never better off
         seen.append(x.clone())
@@ -155,9 +157,13 @@ def test_square_reaches_all_of_a_wide_image():
 
     eval_attacks.square(model, x, torch.tensor([0]), eps=0.1, queries=300)
     _, start, *tried = seen
-    touched = torch.cat([(z != start).any(1) for z in tried]).any(0)  # (4, 20)
-    assert touched[:, :-1].any(0).all()  # (published: the last place is never drawn)
-    assert touched[:-1].any(1).all()
+    touched = torch.cat([(z != start).any(1) for z in tried]).any(0)  # (H, W)
+    along = touched.any(size.index(4))  # (20,)
+    assert along[:-1].all()
+    assert not along[-1]  # as published: the last place is never drawn
+    assert touched.any(size.index(20)).sum() >= 3
+    colours = [z[0][:, (z != start).any(1)[0]] for z in tried]  # (3, M) each
+    assert any((c != c[:1]).any() for c in colours)  # a sign for each channel
 
 
 def test_square_leaves_a_tie_to_argmax():
@@ -253,11 +259,14 @@ def test_a_point_the_judge_keeps_goes_on():
 
 
 @pytest.mark.parametrize("name", ["pgd20", "pgd100", "cw", "apgd", "apgd-t", "square", "aa"])
-def test_seeds_differ(name):
-    (x, _), net = small_images(), small_network().eval()
+def test_noise_is_of_a_seed_and_an_images_number(name):
+    x, net = X.double(), small_network().double().eval()
     y, attack = net(x).argmax(1), (eval_attacks.ATTACKS | {"aa": eval_attacks.autoattack})[name]
     one, two = (attack(net, x, y, eps=0.3, seed=seed) for seed in (0, 1))  # fools them at once
     assert ((one != two).flatten(1).any(1)).all()
+    y[6] = (y[6] + 1) % 10  # wrong from the start: autoattack leaves it out
+    some = attack(net, x[5:], y[5:], eps=0.3, index=torch.arange(5, 12))
+    torch.testing.assert_close(some[2:], one[7:])
 
 
 def test_the_judge_has_the_last_word():
@@ -271,28 +280,22 @@ def test_the_judge_has_the_last_word():
         moved = (x_adv != x).flatten(1).any(1)
         assert moved.any()
         assert (net(x_adv[moved]).argmax(1) != y[moved]).all()
-
-
-# ---- What every attack does ----------------------------------------------------------------------
-
-
-ATTACKS = eval_attacks.ATTACKS | {
-    "apgd-t": partial(eval_attacks.apgd, loss="targeted", steps=20),
-    "dlr": partial(eval_attacks.apgd, loss="dlr"),
-    "fab-t": partial(eval_attacks.fab_t, steps=20),
-    "square": partial(eval_attacks.square, queries=200),
-}  # fmt: skip
+    case = x, other.eval()(x).argmax(1)  # what `other` has right, the judge has not
+    _, wrong = eval_attacks.attack_and_judge("nat", other, *case, judge=net, eps=0, batch_size=5)
+    assert wrong.any()
 
 
 @pytest.mark.filterwarnings("ignore:the gradient")
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", SHORT_ATTACKS)
 @pytest.mark.parametrize(("n", "eps"), [(12, 0.03), (1, 0.03), (12, 0.0), (3, 1.0)])
 def test_attack_invariants(name, n, eps):
     (x, y), net = small_images(n), small_network().train()
     net(x).sum().backward()
     tensors = [*net.state_dict().values(), *(p.grad for p in net.parameters())]
     before = [t.clone() for t in tensors]
-    x_adv = ATTACKS[name](net, x.clone().requires_grad_(), y.to(torch.uint8), eps=eps, batch_size=5)
+    x_adv = SHORT_ATTACKS[name](
+        net, x.clone().requires_grad_(), y.to(torch.uint8), eps=eps, batch_size=5
+    )
     assert (x_adv - x).abs().max() <= eps + 1e-6
     assert 0 <= x_adv.min() <= x_adv.max() <= 1
     assert not x_adv.requires_grad
@@ -303,11 +306,8 @@ def test_attack_invariants(name, n, eps):
     if name in (*eval_attacks.STAGES, "dlr"):
         assert torch.equal(x_adv[~wrong], x[~wrong])
     last = torch.tensor([n - 1])  # its noise is its own, whatever is beside it
-    alone = ATTACKS[name](net, x[-1:], y[-1:], eps=eps, index=last)
+    alone = SHORT_ATTACKS[name](net, x[-1:], y[-1:], eps=eps, index=last)
     assert (net(alone).argmax(1) != y[-1:]) == wrong[-1:]
-
-
-X, Y = small_images()
 
 
 BAD_INPUT = {  # what -> arguments of an attack, words of the message
@@ -333,161 +333,34 @@ def test_attacks_refuse(what):
             attack(small_network(), x, y, eps=eps)
 
 
-@pytest.mark.parametrize(
-    ("model", "error", "message"),
-    [
-        (lambda x: (small_network()(x),), TypeError, "tuple"),
+def test_attacks_refuse_models():
+    net = small_network().eval()
+    for model, error, message in (
+        (lambda x: (net(x),), TypeError, "tuple"),
+        (lambda x: net(x).argmax(1), TypeError, "logits"),
         (small_network().half(), TypeError, "does not take"),
-        (small_network(k=5), ValueError, "labels in 0..4"),
-        (lambda x: small_network().eval()(x).argmax(1), TypeError, "logits"),
-    ],
-)
-def test_attacks_refuse_models(model, error, message):
-    for attack in ATTACKS.values():
-        if attack is not ATTACKS["nat"]:
+        (small_network(k=9), ValueError, "labels in 0..8"),
+    ):
+        for name in {*SHORT_ATTACKS} - {"nat"}:
             with pytest.raises(error, match=message):
-                attack(model, X, Y, eps=0.1)
+                SHORT_ATTACKS[name](model, X, Y, eps=0.1)
+    with pytest.raises(ValueError, match="unknown loss 'mse'"):
+        eval_attacks.apgd(net, X, Y, eps=0.1, loss="mse")
+    for attack in partial(pgd, step_size=0.1, steps=1), *SHORT_ATTACKS.values():
+        if attack is not SHORT_ATTACKS["nat"]:
+            with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+                attack(net, X, Y, eps=0.1)
 
 
 def test_graphs_of_attacks(request):
     net, (x, y) = small_network(), small_images(7)
-    attacks = ATTACKS["apgd"], ATTACKS["apgd-t"], ATTACKS["fab-t"], ATTACKS["square"]
+    attacks = [SHORT_ATTACKS[name] for name in eval_attacks.STAGES]
     plain = [attack(net, x, y, eps=0.03, batch_size=20) for attack in attacks]
     recorded = request.getfixturevalue("fake_cuda")
     replayed = [attack(net, x, y, eps=0.03, batch_size=20) for attack in attacks]
-    assert {shapes[0][0] for shapes in recorded} <= {3, 6, 9}  # a few sizes, padded
+    assert {shape[0] for shape in recorded} <= {3, 6, 9}  # a few sizes, padded
     for ours, theirs in zip(replayed, plain, strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-# ---- Evaluation ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def shortened(monkeypatch):
-    monkeypatch.setattr(eval_attacks, "ATTACKS", {k: ATTACKS[k] for k in eval_attacks.ATTACKS})
-
-
-@pytest.mark.filterwarnings("ignore:no APGD")
-def test_evaluate_keeps_and_reuses_verdicts(shortened):
-    x, y = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8), torch.arange(20) % 3
-    net, evaluate = small_network(k=3).eval(), partial(eval_attacks.evaluate, eps=0.01)
-    asked = evaluate(net, x, y, [*eval_attacks.ATTACKS])
-    assert asked.keys() == eval_attacks.ATTACKS.keys()
-    for name, attack in eval_attacks.ATTACKS.items():
-        x_adv = attack(net, x / 255, y, eps=0.01)
-        wrong = net(x_adv).argmax(1) != y
-        assert torch.equal(wrong[asked[name] >= 0], asked[name][asked[name] >= 0].bool())
-    shown, first = [], {name: v.clone() for name, v in asked.items() if name in ("nat", "apgd")}
-    first["apgd"][8:] = -1  # as if stopped there
-    evaluate(
-        net, x, y, ["apgd"], batch_size=3, verdicts=first, save=lambda v: shown.append(dict(v))
-    )
-    assert torch.equal(first["apgd"], asked["apgd"])
-    assert len(shown) == math.ceil((asked["apgd"][8:] >= 0).sum() / 3)  # the others were spared
-    x_adv = eval_attacks.autoattack(net, x / 255, y, eps=0.01)  # the same attacks in one call
-    both = evaluate(net, x, y, ["aa"])
-    robust = net(x_adv).argmax(1) == y
-    assert torch.equal(robust, both["square"] == 0)
-    assert torch.equal(robust, eval_attacks.robust_in(both, "aa"))
-    stages = torch.stack([both[name] for name in ("nat", *eval_attacks.STAGES)])
-    assert ((stages == 1).sum(0) == ~robust).all()  # fooled once, then spared
-    assert ((stages == -1) == ((stages == 1).cumsum(0) - (stages == 1).int() > 0)).all()
-    assert not any(eval_attacks.to_ask(both, name).any() for name in both)
-    known = {"nat": torch.ones(20, dtype=torch.int8)}  # all wrong: nothing is left to attack
-    evaluate(net, x, y, ["aa"], verdicts=known)
-    assert (known["square"] == -1).all()
-    assert not eval_attacks.robust_in(known, "aa").any()
-    with pytest.warns(UserWarning, match="needs 4 classes, not 3"):
-        assert torch.equal(eval_attacks.ATTACKS["apgd-t"](net, x / 255, y, eps=0.01), x / 255)
-    with pytest.warns(UserWarning, match="dlr needs 3 classes, not 2"):
-        eval_attacks.apgd(small_network(k=2), x / 255, y % 2, eps=0.01, loss="dlr")
-    half = evaluate(net, x, y, ["apgd"], amp=True)["apgd"]
-    assert (half != asked["apgd"]).sum() <= 2
-    with pytest.raises(TypeError, match="uint8"):
-        evaluate(net, x / 255, y, ["nat"])
-    for labels in y[:19], y + 1, y - 1:
-        with pytest.raises(ValueError, match="labels"):
-            evaluate(net, x, labels, ["nat"])
-    with pytest.raises(ValueError, match="unknown attacks magic"):
-        evaluate(net, x, y, ["magic"])
-
-
-def test_what_is_attacked(monkeypatch):
-    class Asks(nn.Module):  # a tracer sees another network
-        def __init__(self):
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3)
-            nn.init.uniform_(self.bn.running_var, 2, 3)
-
-        def forward(self, x):
-            out = self.conv(x)
-            return self.bn(out + 1 if isinstance(out, torch.Tensor) else out).flatten(1)
-
-    (x, _), net, odd, met = small_images(), small_network().eval(), Asks().eval(), {}
-    assert eval_attacks.stand_in(odd, x) is odd
-    for change in (
-        lambda net: net.register_forward_hook(print),
-        lambda net: setattr(net, "forward", net.forward),  # a copy would run the original's
-    ):
-        other = small_network().eval()
-        change(other)
-        assert eval_attacks.stand_in(other, x) is other
-    attack_and_judge = eval_attacks.attack_and_judge
-
-    def spy(name, model, x, y, *, judge, **options):
-        met[name] = model, judge
-        return attack_and_judge("nat", model, x, y, judge=judge, **options)
-
-    monkeypatch.setattr(eval_attacks, "attack_and_judge", spy)
-    images = (x * 255).round().byte()
-    labels = net(images / 255).argmax(1)
-    eval_attacks.evaluate(net, images, labels, ["aa", "cw"], eps=0.01, amp=True)
-    assert all(judge is net for _, judge in met.values())
-    dtypes = {name: next(model.parameters()).dtype for name, (model, _) in met.items()}
-    assert dtypes.pop("square") == torch.float32  # it wants exact gains
-    assert dtypes == dict.fromkeys(("nat", "cw", "apgd", "apgd-t", "fab-t"), torch.bfloat16)
-    met.clear()
-    eval_attacks.autoattack(net, images / 255, labels, eps=0.01)
-    assert list(met) == ["nat", *eval_attacks.STAGES]
-    for model, judge in met.values():
-        assert isinstance(model, models.Folded)
-        assert judge is net
-
-
-def test_which_networks_are_recorded():
-    class Careful(models.ResNet18):  # may read a value
-        pass
-
-    for kind, recorded in (models.ResNet18, "meta"), (Careful, "cpu"):
-        copy = models.Folded(kind()).to("meta")
-        assert eval_attacks.graph_device(copy) == torch.device(recorded)
-    with pytest.warns(UserWarning, match="amp does nothing"):
-        eval_attacks.evaluate(
-            lambda x: small_network()(x), (X * 255).byte(), Y, ["nat"], eps=0.1, amp=True
-        )
-
-
-class OnesOwn(nn.Module):
-    """A network that has no copy in bfloat16: a plain tensor in it, or a forward that asks."""
-
-    def __init__(self, kind):
-        super().__init__()
-        self.kind, self.mean, self.net = kind, torch.full((3, 1, 1), 0.5), small_network()
-
-    def forward(self, x):
-        return self.net(x.float() if self.kind == "asks" else x - self.mean)
-
-
-@pytest.mark.parametrize("kind", ["asks", "plain tensor"])
-def test_amp_where_there_is_no_copy_in_bfloat16(kind, shortened):
-    net, images = OnesOwn(kind).eval(), (X * 255).round().byte()
-    labels, names = net(images / 255).argmax(1), ["pgd20", "apgd", "square"]
-    expected = eval_attacks.evaluate(net, images, labels, names, eps=0.02)
-    with pytest.warns(UserWarning, match="amp does nothing: this model has no copy in bfloat16"):
-        found = eval_attacks.evaluate(net, images, labels, names, eps=0.02, amp=True)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert 0 < (expected["apgd"] == 1).sum() < 12
 
 
 def test_defaults_of_pytorch_change_no_verdict(shortened):
@@ -495,8 +368,8 @@ def test_defaults_of_pytorch_change_no_verdict(shortened):
     names = [*eval_attacks.ATTACKS]
     labels = net(images / 255).argmax(1)
     expected = eval_attacks.evaluate(net, images, labels, names, eps=0.02)
-    x_adv = eval_attacks.autoattack(net, images / 255, labels, eps=0.02)
-    found_by = {k: f(net, images / 255, labels, eps=0.1) for k, f in eval_attacks.ATTACKS.items()}
+    attacks = eval_attacks.ATTACKS | {"aa": eval_attacks.autoattack}
+    made = {k: attack(net, images / 255, labels, eps=0.1) for k, attack in attacks.items()}
     for change, back in (
         (partial(torch.set_default_dtype, torch.float64), torch.float32),
         (partial(torch.set_default_device, "meta"), None),
@@ -504,70 +377,8 @@ def test_defaults_of_pytorch_change_no_verdict(shortened):
         change()
         try:
             found = eval_attacks.evaluate(net, images, labels, names, eps=0.02)
-            again = eval_attacks.autoattack(net, images.float() / 255, labels, eps=0.02)
-            for k, attack in eval_attacks.ATTACKS.items():
-                assert torch.equal(attack(net, images.float() / 255, labels, eps=0.1), found_by[k])
+            for k, attack in attacks.items():
+                assert torch.equal(attack(net, images.float() / 255, labels, eps=0.1), made[k])
         finally:
             change.func(back)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-        assert torch.equal(again, x_adv)
-
-
-def test_inference_mode_is_named():
-    attacks = partial(pgd, step_size=0.1, steps=1), eval_attacks.apgd, eval_attacks.autoattack
-    for attack in attacks:
-        with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
-            attack(small_network(), X, Y, eps=0.1)
-
-
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        (lambda z: z, None),
-        (lambda z: z.softmax(1), "probabilities"),
-        (lambda z: z + torch.randn_like(z), "random"),
-        (lambda z: (z * 0).round(), "zero or NaN at 100%"),
-        (lambda z: (z - z).sqrt() + z, "zero or NaN at 100%"),
-    ],
-)
-def test_doubts_reach_python_users(output, message, monkeypatch):
-    monkeypatch.setattr(eval_attacks, "STAGES", ["apgd"])
-    (x, y), net = small_images(2), small_network().eval()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        eval_attacks.autoattack(lambda x: output(net(x)), x, torch.zeros_like(y), eps=0.0)
-    texts = [str(w.message) for w in caught]
-    assert [text for text in texts if message and message in text] or not message
-    assert len(texts) == bool(message)
-
-
-def test_few_zero_gradients_are_no_doubt():
-    x, y = small_images(64)
-    for dead, found in (1, 0), (2, 1):  # 1.6% and 3.1%
-        alive = (torch.arange(64) >= dead)[:, None]
-        net = small_network().eval()
-        model = lambda x, net=net, alive=alive: torch.where(alive, net(x), 0.5)  # noqa: E731
-        assert len(eval_attacks.doubts(model, x, y)) == found
-
-
-def test_masking():
-    def sentences(n, **robust):
-        usual = {"pgd20": 0.50, "aa": 0.48, "fab-t": 0.48, "square": 0.48}
-        figures = {}
-        for name, share in (usual | robust).items():
-            k = round(share * n)
-            interval = [100 * end for end in eval_attacks.wilson(k, n)]
-            figures[name] = {"robust": k, "accuracy": 100 * k / n, "interval": interval}
-        return eval_attacks.masking(figures)
-
-    assert sentences(1000) == []
-    assert sentences(20, pgd20=0.6) == []  # two images of twenty are no evidence
-    assert sentences(10_000, pgd20=0.505) == []  # nor is what is usual
-    (under,) = sentences(1000, pgd20=0.6)
-    assert under.startswith("AutoAttack is 12.0 points under PGD20 (")
-    (under,) = sentences(1000, pgd100=0.6)
-    assert under.startswith("AutoAttack is 12.0 points under PGD100 (")
-    assert "12.0 points under PGD20, 11.0 points" in sentences(1000, pgd20=0.6, pgd100=0.59)[0]
-    assert "Square takes 1.0" in sentences(1000, **{"fab-t": 0.49})[0]
-    figures = {"pgd20": {"accuracy": 60.0, "interval": [59, 61]}}
-    assert eval_attacks.masking(figures) == []  # AutoAttack was not asked for

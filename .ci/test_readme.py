@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 import clirat
 import eval_attacks
+from conftest import ROOT
 
-ROOT = Path(clirat.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

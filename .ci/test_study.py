@@ -1,4 +1,4 @@
-"""python -m pytest -q .ci/test_study.py    the table over runs, and the study that makes them."""
+"""The table over runs, and the study that makes them."""
 
 import math
 import re
@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +16,9 @@ import clirat
 import eval_attacks
 import models
 from clirat import METHODS
-from conftest import small_network
+from conftest import ROOT, small_network
 
-sys.path.insert(0, str(Path(__file__).parent.parent / ".figures"))
+sys.path.insert(0, str(ROOT / ".figures"))
 import study
 import table
 
@@ -60,36 +59,26 @@ def test_table_by_hand(tmp_path, capsys):
     assert rows[4][2:] == ["85.64 ± 0.25", "48.53 ± 0.19", "46.87 ± 0.62"]
     assert rows[-1][2:] == ["-0.14", "+3.13", "-0.97"]  # 83.60 - 83.74, ..., 45.50 - 46.47
 
-    def mean_and_std(values):
-        mean = sum(values) / len(values)
-        return mean, (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
-
     for row in rows[3:11:2]:
-        mean, std = mean_and_std([100 * sum(robust[row[0], seed]) / n for seed in (1, 2, 3)])
-        assert row[1:3] == ["3", f"{mean:.2f} ± {std:.2f}"]
+        shares = [100 * robust[row[0], seed].mean() for seed in (1, 2, 3)]
+        assert row[1:3] == ["3", f"{np.mean(shares):.2f} ± {np.std(shares, ddof=1):.2f}"]
     for row in rows[11::2]:
-        ours, theirs = row[0].split(" - ")
-        gaps = []
-        for seed in 1, 2, 3:
-            both = zip(robust[ours, seed], robust[theirs, seed], strict=True)
-            gaps.append([100 * (int(a) - int(b)) for a, b in both])
-        mean, over_seeds = mean_and_std([sum(gap) / n for gap in gaps])
-        _, over_images = mean_and_std([sum(image) / 3 for image in zip(*gaps, strict=True)])
-        half = 1.96 * over_images / n**0.5
+        ours, theirs = ([robust[m, s] for s in (1, 2, 3)] for m in row[0].split(" - "))
+        gaps = 100.0 * (np.int8(ours) - np.int8(theirs))  # (seeds, images)
+        mean, over_seeds = gaps.mean(), gaps.mean(1).std(ddof=1)
+        half = 1.96 * gaps.mean(0).std(ddof=1) / n**0.5
         interval = f"[{mean - half:+.2f}, {mean + half:+.2f}]"
         assert row[1:3] == ["3", f"{mean:+.2f} ± {over_seeds:.2f} {interval}"]
 
 
-def test_table_compares_like_with_like(tmp_path, capsys):
+def test_table_compares_like_with_like(tmp_path, refused):
     some, make = np.arange(40) < 20, partial(verdict_file, tmp_path)
     two = [make("at", 1, {"nat": some}), make("clirat", 1, {"nat": some})]
     for what in {"eps": 4 / 255}, {"data": "b"}, {"seed": 1}, {"version": 4}:
-        with pytest.raises(SystemExit, match="2"):
-            table.main([*map(str, two), str(make("mail-at", 1, {"nat": some}, **what))])
-        assert f"differ in {next(iter(what))}" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        table.main([str(make("at", 1, {"nat": some}, more={"method": "theirs"}))])
-    assert "not of a run" in capsys.readouterr().err
+        files = *two, make("mail-at", 1, {"nat": some}, **what)
+        refused(f"differ in {next(iter(what))}", table.main, [*map(str, files)])
+    theirs = make("at", 1, {"nat": some}, more={"method": "theirs"})
+    refused("not of a run", table.main, [str(theirs)])
 
     rows = lambda *files: table.table([table.read(file) for file in files])  # noqa: E731
     apart = make("clirat", 2, {"nat": some}, more={"gamma": 7.0})
@@ -132,9 +121,7 @@ def test_table_compares_like_with_like(tmp_path, capsys):
     damaged = tmp_path / "damaged.npz"
     np.savez(damaged, settings=np.array("[]"))
     for file, message in (another, "two networks are at, seed 1"), (damaged, "or is damaged"):
-        with pytest.raises(SystemExit, match="2"):
-            table.main([*map(str, two), str(file)])
-        assert message in capsys.readouterr().err
+        refused(message, table.main, [*map(str, two), str(file)])
 
 
 def test_the_papers_rows():
@@ -152,7 +139,7 @@ def test_the_papers_rows():
 WORDS = "--methods clirat at fat mail-at --epochs 3 --arch wrn-10-1 --n 6 --n-long 4 --n-aa 2"
 
 
-def test_study(data, tmp_path, monkeypatch, capsys):
+def test_study(data, tmp_path, monkeypatch, capsys, refused):
     commands, programs = [], {"clirat.py": clirat.main, "eval_attacks.py": eval_attacks.main}
     lost = set()
 
@@ -215,13 +202,9 @@ def test_study(data, tmp_path, monkeypatch, capsys):
         (new, "--meth at", "leave --method out"),
         (new, "--init elsewhere.pt", "leave --init out"),
     ):
-        with pytest.raises(SystemExit, match="2"):
-            study.main([*command, *option.split()])
-        assert message in capsys.readouterr().err
+        refused(message, study.main, [*command, *option.split()])
     (folder / "args.json").write_text("[]")
-    with pytest.raises(SystemExit, match="2"):
-        study.main(words)
-    assert "holds no run to resume" in capsys.readouterr().err
+    refused("holds no run to resume", study.main, words)
 
 
 def test_what_a_study_starts(data, tmp_path, monkeypatch):
@@ -246,23 +229,18 @@ def test_what_a_study_starts(data, tmp_path, monkeypatch):
         given = [c[c.index("--eps") + 1] for c, _ in started if "--eps" in c]
         assert [*map(float, given)] == ([1 / 30] * 6 if "--eps" in options else [])
 
-
-@pytest.mark.parametrize("burn_in", ["0", "2"])
-def test_study_without_a_burn_in_to_share(burn_in, tmp_path):
-    words = f"--methods at clirat --epochs 2 --data toy --out {tmp_path} -- --burn-in {burn_in}"
-    args = study.parse_args(words.split())
-    command = study.training(args, "clirat", study.folders_of(args, 1), args.options)
-    assert "--init" not in command
+    for burn_in in "0", "120":  # none that could be shared
+        args = study.parse_args([*words, "--methods", "at", "clirat", "--", "--burn-in", burn_in])
+        command = study.training(args, "clirat", study.folders_of(args, 1), args.options)
+        assert "--init" not in command
 
 
 def test_study_bounds_its_parts(tmp_path, monkeypatch, capfd):
-    stops = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
     hangs = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
-    holds = "import os, sys\nfiles = [f'/proc/self/fd/{n}' for n in os.listdir('/proc/self/fd')]\n"
-    holds += "held = [f for f in files if os.path.realpath(f).endswith('.study.lock')]\n"
-    holds += "sys.exit(3 if held else 4)"
-    texts = {"stops.py": stops, "hangs.py": hangs, "holds.py": holds}
-    for name, text in texts.items():
+    stops = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
+    holds = "import os, sys\nfiles = map(os.path.realpath, os.scandir('/dev/fd'))\n"
+    holds += "sys.exit(3 if any(file.endswith('.study.lock') for file in files) else 4)"
+    for name, text in {"hangs.py": hangs, "stops.py": stops, "holds.py": holds}.items():
         (tmp_path / name).write_text(text)
     for name, value in {"ROOT": tmp_path, "GRACE": 2, "SHORTEST": 1}.items():
         monkeypatch.setattr(study, name, value)
