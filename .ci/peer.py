@@ -30,11 +30,14 @@ def theirs(model, x, y, eps):
         return (model(x_adv).argmax(1) == y).cpu()
 
 
-def network_and_images(checkpoint, data, n):
+def network_and_images(parser, checkpoint, data, n):
     """A checkpoint's network and the first n test images and their labels, on the GPU if any."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, y = (t[:n].to(device) for t in clirat.load_data(data, ["test"]))
-    return models.load(checkpoint)[0].to(device), x, y
+    try:
+        x, y = (t[:n].to(device) for t in clirat.load_data(data, ["test"]))
+        return models.load(checkpoint)[0].to(device), x, y
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 def main(argv=None):
@@ -48,7 +51,7 @@ def main(argv=None):
     logging.basicConfig(format="%(message)s")
     logging.getLogger("auto-attack").setLevel(logging.DEBUG)  # the peer says what each stage leaves
     torch.backends.cudnn.allow_tf32 = False
-    case, eps = network_and_images(args.checkpoint, args.data, args.n), 8 / 255
+    case, eps = network_and_images(parser, args.checkpoint, args.data, args.n), 8 / 255
     expected = theirs(*case, eps)
     options = {"eps": eps, "batch_size": args.batch_size, "amp": args.amp}
     verdicts = eval_attacks.evaluate(*case, ["aa"], **options)
