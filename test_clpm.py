@@ -141,7 +141,7 @@ def losses_by_loops(method, nat, adv, labels, weights):
 
 
 def test_losses():
-    nat, adv = random_logits(6, 5).requires_grad_(), random_logits(6, 5).flip(1).requires_grad_()
+    nat, adv = (logits.clone().requires_grad_() for logits in random_logits(12, 5).split(6))
     labels, weights = torch.arange(6) % 5, torch.arange(1.0, 7.0).double()
     losses = {
         "at": lambda n, a, w=None: at_loss(a, labels, w),
