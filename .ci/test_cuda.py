@@ -136,7 +136,7 @@ def test_autoattack_against_pyautoattack():
 
 
 def test_killed_and_resumed(tmp_path):
-    words = [*TOY, "--epochs=9", f"--out={tmp_path}"]
+    words = [*TOY, "--epochs=9", "--eval-every=0", f"--out={tmp_path}"]
     process = start(clirat, *words, device=str(DEVICE))
     assert waits_for(lambda: logged(tmp_path) >= 2, process)
     process.kill()
