@@ -109,7 +109,10 @@ def own(monkeypatch):
     """The networks of `OnesOwn` can be built by their names."""
     build = models.build
     kinds = {"own": "plain", "types": "types", "half": "half"}
-    known = lambda name, k=10: OnesOwn(kinds[name], k) if name in kinds else build(name, k)  # noqa: E731
+
+    def known(name, k=10):
+        return OnesOwn(kinds[name], k) if name in kinds else build(name, k)
+
     monkeypatch.setattr(models, "build", known)
 
 
