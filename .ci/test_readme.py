@@ -56,11 +56,13 @@ def test_figures_by_hand():
     assert eval(weights, names).mean().item() == pytest.approx(1)
 
 
-def test_table():
-    command = re.search(r"^    python (\.figures/table\.py \.figures/runs/\S+)$", README, re.M)[1]
-    words = [word for part in command.split() for word in sorted(map(str, ROOT.glob(part)))]
-    output = subprocess.check_output([sys.executable, *words], text=True, encoding="utf-8")
-    assert output in README.replace("**", "")
+def test_tables():
+    commands = re.findall(r"^    python (\.figures/table\.py \.figures/runs/\S+)$", README, re.M)
+    for command in commands:
+        words = [word for part in command.split() for word in sorted(map(str, ROOT.glob(part)))]
+        output = subprocess.check_output([sys.executable, *words], text=True, encoding="utf-8")
+        assert output in README.replace("**", "")
+    assert len(commands) == 2
 
 
 @pytest.mark.parametrize("program", [clirat, eval_attacks])
