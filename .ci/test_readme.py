@@ -57,7 +57,7 @@ def test_figures_by_hand():
 
 
 def test_tables():
-    commands = re.findall(r"^    python (\.figures/table\.py \.figures/runs/\S+)$", README, re.M)
+    commands = re.findall(r"^    python (\.paper/table\.py \.paper/runs/\S+)$", README, re.M)
     for command in commands:
         words = [word for part in command.split() for word in sorted(map(str, ROOT.glob(part)))]
         output = subprocess.check_output([sys.executable, *words], text=True, encoding="utf-8")

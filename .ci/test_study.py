@@ -18,7 +18,7 @@ import models
 from clirat import METHODS
 from conftest import ROOT, small_network
 
-sys.path.insert(0, str(ROOT / ".figures"))
+sys.path.insert(0, str(ROOT / ".paper"))
 import study
 import table
 

@@ -1,6 +1,6 @@
 """Draw Fig. 2 of the paper as bars: two examples of the same PM, which CL-PM tells apart.
 
-python .figures/fig2.py --out .figures/fig2.svg
+python .paper/fig2.py --out .paper/fig2.svg
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Train methods, evaluate them and print their table: the paper's, as far as time allows.
 
-    python .figures/study.py --seeds 1 2 3 --out runs -- --amp --compile    Table 1's AT rows
+    python .paper/study.py --seeds 1 2 3 --out runs -- --amp --compile    Table 1's AT rows
 
 Of each seed and loss the first method is trained from the start and the others from its burnin.pt;
 then come NAT, PGD-20 and CW on --n test images, AutoAttack in bfloat16 on --n-aa, and PGD-100 and

@@ -1,6 +1,6 @@
 """Make a table of the verdict files that eval_attacks.py leaves beside checkpoints.
 
-    python .figures/table.py runs/*/last.pt.*.npz
+    python .paper/table.py runs/*/last.pt.*.npz
 
 A row a method: its mean ± std over seeds. Then each method minus the unweighted one of its loss,
 and CL-PM minus PM, on the same seeds and images: mean ± std over the seeds, and in brackets the

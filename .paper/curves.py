@@ -1,6 +1,6 @@
 """Draw the log.csv of runs: Figs. 3 and 5 of the paper (nat, pgd20) and Fig. 1A (confused).
 
-    python .figures/curves.py runs/at-s* runs/mail-at-s* runs/clirat-s* --out curves.png
+    python .paper/curves.py runs/at-s* runs/mail-at-s* runs/clirat-s* --out curves.png
 
 Runs whose names differ in a trailing -s<seed> alone are one method: the mean of its seeds, in a
 band from the lowest to the highest. What methods share until they fork is drawn once, in grey.
