@@ -1,10 +1,11 @@
 """The table over runs, and the study that makes them."""
 
+import datetime
 import math
 import re
 import shutil
-import signal
 import sys
+import threading
 import time
 from functools import partial
 
@@ -143,7 +144,7 @@ def test_study(data, tmp_path, monkeypatch, capsys, refused):
     commands, programs = [], {"clirat.py": clirat.main, "eval_attacks.py": eval_attacks.main}
     lost = set()
 
-    def here(command, until, held):  # in this process
+    def here(command, until):  # in this process
         commands.append(" ".join(command).replace(str(tmp_path), "D"))
         if any(word in commands[-1] for word in lost):
             return None
@@ -151,11 +152,16 @@ def test_study(data, tmp_path, monkeypatch, capsys, refused):
         return 0
 
     monkeypatch.setattr(study, "run", here)
+    monkeypatch.setattr(study, "foretell", lambda *_: None)
     options = ["--", "--batch-size", "20", "--steps", "2", "--eval-size", "9", "--burn-in", "1"]
     words = [*WORDS.split(), "--data", str(data), "--out", str(tmp_path), *options]
     lost |= {"--method mail-at", "--attacks aa"}
     assert study.main(words) == 1
     said = capsys.readouterr().out
+    attacks = "NAT, PGD20, CW 4 x 6; AA 4 x 2; PGD100, APGD 4 x 4"
+    assert (
+        f"to come: 4 x training, 10 epochs; test images in float32: {attacks}\n" in said
+    )  # 3 2 2 3
     assert f"missing in {tmp_path}/mail-at-wrn-10-1-s1: training (epoch 0 of 3)" in said
     assert f"missing in {tmp_path}/clirat-wrn-10-1-s1: AA on 2" in said
     kinds = [re.sub(" --(arch|data).*", "", command) for command in commands]
@@ -164,7 +170,7 @@ def test_study(data, tmp_path, monkeypatch, capsys, refused):
     assert kinds == [*methods, "nat pgd20 cw", "aa", "pgd100 apgd"]
     forks = [command.endswith("--init D/at-wrn-10-1-s1/burnin.pt") for command in commands[:4]]
     assert forks == [False, True, True, False]
-    assert "--n 2 --amp" in commands[5]
+    assert not any("--amp" in command for command in commands)
 
     folder = tmp_path / "at-wrn-10-1-s1"
     verdicts, settings = eval_attacks.read_verdicts(next(folder.glob("last.pt.*.npz")))
@@ -174,7 +180,10 @@ def test_study(data, tmp_path, monkeypatch, capsys, refused):
     lost.clear()
     commands.clear()
     assert study.main(words) == 0
-    rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
+    said = capsys.readouterr().out
+    attacks = "AA 4 x 2; NAT, PGD20, CW 1 x 6; PGD100, APGD 1 x 4"
+    assert f"to come: 1 x training, 2 epochs; test images in float32: {attacks}\n" in said
+    rows = [row for row in said.splitlines() if row.startswith("| ")]
     assert len(commands) == 4  # mail-at, its evaluation, and AutoAttack
     assert "D/at" not in commands[1].replace("D/at-wrn-10-1-s1/burnin.pt", "")
     names = ["at", "mail-at", "clirat", "fat"]
@@ -183,7 +192,9 @@ def test_study(data, tmp_path, monkeypatch, capsys, refused):
     commands.clear()
     assert study.main(words) == 0
     assert not commands
-    assert [r for r in capsys.readouterr().out.splitlines() if r in rows[-8:]] == rows[-8:]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "to come: 0 x training, 0 epochs; test images in float32: none"
+    assert [row for row in said if row in rows[-8:]] == rows[-8:]
     moved = tmp_path / "moved"  # a run knows its own start
     shutil.copytree(tmp_path, moved, ignore=lambda folder, names: {"moved"} & {*names})
     (moved / "clirat-wrn-10-1-s1" / "log.csv").unlink()
@@ -210,20 +221,20 @@ def test_study(data, tmp_path, monkeypatch, capsys, refused):
 def test_what_a_study_starts(data, tmp_path, monkeypatch):
     words = ["--methods", "at", "--seeds", "1", "2", "--data", str(data), "--out", str(tmp_path)]
     words += ["--seconds", "1000"]
-    started, run = [], lambda command, until, held: started.append((command, until)) or 0
+    started, run = [], lambda command, until: started.append((command, until)) or 0
     monkeypatch.setattr(study, "run", run)
     args = study.parse_args(words)
-    assert study.study(args, 1000, None) == 1  # nothing came of it
+    assert study.study(args, 0) == 1  # nothing came of it
     seeds = [command[command.index("--seed") + 1] for command, _ in started]
     assert seeds == ["1", "2"]
     assert [until for _, until in started] == [pytest.approx(850)] * 2
 
-    monkeypatch.setattr(study, "epochs_of", lambda folder: 120)
+    monkeypatch.setattr(study, "trained", lambda args, folder: True)
     monkeypatch.setattr(models, "load", lambda path: (small_network(5), {}))
-    for options, amps in (["--eps", "1/30"], [False, True, False]), (["--amp"], [True] * 3):
+    for options, amps in (["--eps", "1/30"], [False] * 3), (["--amp"], [True] * 3):
         started.clear()
         args = study.parse_args([*words, "--", *options])
-        study.study(args, 1000, None)
+        study.study(args, 0)
         assert [until for _, until in started] == [1000] * 6
         assert ["--amp" in command for command, _ in started] == amps * 2
         given = [c[c.index("--eps") + 1] for c, _ in started if "--eps" in c]
@@ -235,22 +246,46 @@ def test_what_a_study_starts(data, tmp_path, monkeypatch):
         assert "--init" not in command
 
 
+def test_time_of_a_study(data, tmp_path, monkeypatch, capsys):
+    """By hand, from the first epoch that is logged."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: log("1,9,1", "2,9,1", "3,20,4"))
+    folder = tmp_path / "at-wrn-10-1-s1"
+    folder.mkdir()
+
+    def log(*rows):
+        (folder / "log.csv").write_text("\n".join(["epoch,seconds,images_per_s", *rows, ""]))
+
+    log("1,9,1", "2,9,1")
+    words = ["--methods", "at", "--epochs", "6", "--arch", "wrn-10-1", "--data", str(data)]
+    words += ["--out", str(tmp_path), "--n", "20", "--n-long", "8", "--n-aa", "2"]
+    args = study.parse_args([*words, "--", "--steps", "4", "--eval-every", "2", "--eval-size", "5"])
+    before = {*threading.enumerate()}
+    study.announce(args)
+    for thread in {*threading.enumerate()} - before:
+        thread.join(10)
+    # 4 epochs of 20 s; 4 images/s at 5 passes an image make 20 passes/s
+    passes = 20 * (1 + 20 + 20) + 2 * 1000 + 8 * (100 + 100) + 21 * (2 * 5 + 30)
+    times = [datetime.timedelta(seconds=round(s)) for s in (80 + passes / 20, 80, passes / 20)]
+    expected = "all of it: about {}, {} of it training, {} evaluation\n".format(*times)
+    assert capsys.readouterr().out.endswith(expected)
+
+
+def test_help_of_study(capsys):
+    with pytest.raises(SystemExit):
+        study.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("(default: ") == said.count(" --") - 1  # but --help's own
+
+
 def test_study_bounds_its_parts(tmp_path, monkeypatch, capfd):
-    hangs = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
-    stops = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
-    holds = "import os, sys\nfiles = map(os.path.realpath, os.scandir('/dev/fd'))\n"
-    holds += "sys.exit(3 if any(file.endswith('.study.lock') for file in files) else 4)"
-    for name, text in {"hangs.py": hangs, "stops.py": stops, "holds.py": holds}.items():
-        (tmp_path / name).write_text(text)
-    for name, value in {"ROOT": tmp_path, "GRACE": 2, "SHORTEST": 1}.items():
-        monkeypatch.setattr(study, name, value)
-    held = study.lock(tmp_path, math.inf)
+    (tmp_path / "waits.py").write_text("import time\nprint('on', flush=True)\ntime.sleep(60)")
+    (tmp_path / "fails.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    assert study.run(["waits.py"], time.monotonic() + 14) is None  # not started
+    monkeypatch.setattr(study, "SHORTEST", 1)
+    assert study.run(["fails.py"], math.inf) == 3
     begun = time.monotonic()
-    assert study.run(["holds.py"], math.inf, held) == 3  # the lock, as long as it lives
-    assert study.run(["stops.py"], time.monotonic() + 5, held) == 0
-    assert study.run(["hangs.py"], time.monotonic() + 5, held) == -signal.SIGKILL
-    assert study.run(["stops.py"], time.monotonic() + 0.9, held) is None
-    assert time.monotonic() - begun < 40
-    assert "kept" in capfd.readouterr().out
-    assert study.lock(tmp_path, time.monotonic()) is None  # while another works there
-    assert "is at work" in capfd.readouterr().out
+    assert study.run(["waits.py"], begun + 3) is None
+    assert 3 < time.monotonic() - begun < 30
+    said = capfd.readouterr().out
+    assert said.count("on\n") == said.count("time is up") == 1

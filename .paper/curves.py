@@ -97,9 +97,7 @@ def draw(methods, panels, burn_in, first, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="curves.py", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = argparse.ArgumentParser("curves.py", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folder with log.csv, or such a file")
     add("--out", type=Path, required=True, metavar="FILE.png", help="where to draw")
@@ -107,7 +105,6 @@ def main(argv=None):
     add("--panels", nargs="+", choices=PANELS, default=["nat", "pgd20"], help=text)
     add("--first", type=int, default=1, metavar="EPOCH", help="to draw (default: %(default)s)")
     add("--burn-in", type=int, metavar="EPOCH", help="its last (default: args.json beside a log)")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     args = parser.parse_args(argv)
     columns = [column for panel in args.panels for column in PANELS[panel][1]]
     if len(columns) > 2:
@@ -126,7 +123,7 @@ def main(argv=None):
         methods = dict(zip(names, logs.values(), strict=True))
         draw(methods, args.panels, args.burn_in or max(ends), args.first, args.out)
     except (OSError, ValueError) as error:
-        parser.error(error)
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -54,13 +54,12 @@ def draw(out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="fig2.py", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser("fig2.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.svg", help="where to draw")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     try:
         draw(parser.parse_args(argv).out)
     except (OSError, ValueError) as error:
-        parser.error(error)
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

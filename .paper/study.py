@@ -3,21 +3,22 @@
     python .paper/study.py --seeds 1 2 3 --out runs -- --amp --compile    Table 1's AT rows
 
 Of each seed and loss the first method is trained from the start and the others from its burnin.pt;
-then come NAT, PGD-20 and CW on --n test images, AutoAttack in bfloat16 on --n-aa, and PGD-100 and
-APGD-CE on --n-long, in bfloat16 if --amp is among the training's options. The same command goes on
+then come NAT, PGD-20 and CW on --n test images, AutoAttack on --n-aa, and PGD-100 and APGD-CE on
+--n-long, in float32, or in bfloat16 if --amp is among clirat.py's options. The same command goes on
 where it was stopped. Exit status 1 while something is missing.
 """
 
 import argparse
 import csv
-import fcntl
+import datetime
 import math
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from functools import partial
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,37 +31,34 @@ from clirat import METHODS, number
 
 FOR_TRAINING = 0.85  # of --seconds; the rest is for evaluation
 SHORTEST = 15  # seconds; a part is not started for less
-GRACE = 5  # seconds between SIGINT, at which a program keeps what it has, and SIGKILL
+# forward and backward passes an image, in order of value; AutoAttack's depend on the network: about
+PASSES = {"nat": 1, "pgd20": 20, "cw": 20, "aa": 1000, "pgd100": 100, "apgd": 100}
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser("study.py", "%(prog)s [options] [-- options of clirat.py]")
     parser.description = (__doc__ or "").partition("\n")[0]
-    add, count = parser.add_argument, number(int, 1)
-    add("--methods", nargs="+", choices=METHODS, default=["at", "mail-at", "clirat"], metavar="M")
-    add("--seeds", nargs="+", type=number(int, 0), default=[1], metavar="S")
-    add("--epochs", type=count, default=120)
-    add("--arch", default="resnet18")
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    add, count, usual = parser.add_argument, number(int, 1), ["at", "mail-at", "clirat"]
+    add("--methods", nargs="+", choices=METHODS, default=usual, metavar="M", help=" ".join(METHODS))
+    add("--seeds", nargs="+", type=number(int, 0), default=[1], metavar="S", help="a run for each")
+    add("--epochs", type=count, default=120, help="of each training")
+    add("--arch", default="resnet18", help="resnet18 or wrn-D-K, such as wrn-32-10")
     add("--data", default="data", help="folder of CIFAR-10, FILE.npz or toy")
     add("--n", type=count, default=10_000, help="test images for NAT, PGD-20, CW")
-    add("--n-long", type=count, default=2000, help="... for PGD-100, APGD-CE")
     add("--n-aa", type=count, default=512, help="... for AutoAttack")
+    add("--n-long", type=count, default=2000, help="... for PGD-100, APGD-CE")
     add("--seconds", type=number(float, 0), default=math.inf, help="for all of it")
-    add("--out", type=Path, required=True, metavar="DIR", help="where the run folders are")
+    add("--out", type=Path, default="runs", metavar="DIR", help="where the run folders are")
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
     args.options = argv[end + 1 :]
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        args.test = clirat.load_data(args.data, ["test"])
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    args.test = clirat.load_data(args.data, ["test"])
     args.methods = [method for method in METHODS if method in args.methods]  # unweighted ones first
     images = len(args.test[1])
     args.n, args.n_long, args.n_aa = (min(n, images) for n in (args.n, args.n_long, args.n_aa))
     for seed in args.seeds:
         folders = folders_of(args, seed)
-        starts = [str(folder / "burnin.pt") for folder in folders.values()]
         for method in folders:
             plain = clirat.parse_args(training(args, method, folders, [])[1:])
             now = clirat.parse_args(training(args, method, folders, args.options)[1:])
@@ -68,10 +66,9 @@ def parse_args(argv):
             for name in "method", "arch", "data", "epochs", "seed", "out", "resume":
                 if getattr(now, name) != getattr(plain, name):
                     parser.error(f"leave --{name} out after --: study.py sets it")
-            if not now.resume and now.init not in (None, *starts):
+            if now.init not in (None, plain.init):
                 parser.error("leave --init out after --: study.py sets it")
-            args.eps, args.amp = now.eps, now.amp
-            args.device = now.device if now.device != plain.device else None
+            args.each = now
     return args
 
 
@@ -80,52 +77,10 @@ def folders_of(args, seed):
     return {method: args.out / f"{method}-{args.arch}-s{seed}" for method in args.methods}
 
 
-def lock(folder, deadline):
-    """Wait until no other study, nor a program that a killed one left behind, works in folder."""
-    file = open(folder / ".study.lock", "w")  # noqa: SIM115  held, by the programs too, to the end
-    said = False
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if not said:
-                print(f"waiting: another study, or what one left, is at work in {folder}")
-            said = True
-        if time.monotonic() > deadline:
-            return None
-        time.sleep(0.5)
-
-
-def run(command, until, held):
-    """Run one of the programs, its output shown, to `until` at most. Returns its exit status."""
-    left = until - time.monotonic()
-    if left < SHORTEST:
-        return None
-    print(f"\n$ python {shlex.join(command)}", flush=True)
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background is deaf
-    words = [sys.executable, ROOT / command[0], *command[1:]]
-    process = subprocess.Popen(words, pass_fds=[held.fileno()], preexec_fn=heard)
-    try:
-        return process.wait(left - GRACE if left < math.inf else None)
-    except subprocess.TimeoutExpired:
-        print("time is up for this part", flush=True)
-    finally:  # Ctrl-C comes here as well
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-    return process.wait()
-
-
-def epochs_of(folder):
-    """How many epochs a run has behind it."""
-    if not (folder / "log.csv").exists():
-        return 0
-    with open(folder / "log.csv", newline="") as file:
-        return max((int(row.get("epoch") or 0) for row in csv.DictReader(file)), default=0)
+def logged(folder):
+    """The rows of a run's log.csv, one for each epoch that it has behind it."""
+    log = folder / "log.csv"
+    return [*csv.DictReader(log.read_text().splitlines())] if log.exists() else []
 
 
 def training(args, method, folders, options):
@@ -144,69 +99,110 @@ def training(args, method, folders, options):
     return command
 
 
-def parts(args, folder):
-    """(attacks, n, amp, verdict file) of each part of a run's evaluation, in order of value."""
-    model, metadata = models.load(folder / "last.pt")
-    for attacks, n, amp in (
-        (["nat", "pgd20", "cw"], args.n, args.amp),
-        (["aa"], args.n_aa, True),
-        (["pgd100", "apgd"], args.n_long, args.amp),
-    ):
-        asked = argparse.Namespace(n=n, eps=args.eps, seed=0, amp=amp, data=args.data)
-        path = folder / "last.pt"
-        file, _ = eval_attacks.verdict_file(asked, path, model, metadata, *args.test)
-        yield attacks, n, amp, file
+def trained(args, folder):
+    return len(logged(folder)) >= args.epochs
 
 
-def lacking(attacks, file):
-    """Which of the attacks are not through in a verdict file."""
-    done = [name for name, _, _ in table.read(file)[1]] if file.exists() else []
-    return [name for name in attacks if name not in done]
+def verdict_file(args, folder, n):
+    """Where eval_attacks.py keeps a trained run's verdicts on n images."""
+    settings = {"n": n, "eps": args.each.eps, "seed": 0, "amp": args.each.amp, "data": args.data}
+    settings, path = argparse.Namespace(**settings), folder / "last.pt"
+    return eval_attacks.verdict_file(settings, path, *models.load(path), *args.test)[0]
 
 
-def missing(args, folder):
-    """What of a run is not there yet: its training, or attacks on it, as text."""
-    if (epochs := epochs_of(folder)) < args.epochs:
-        return [f"training (epoch {epochs} of {args.epochs})"]
-    return [
-        f"{name.upper()} on {n}"
-        for attacks, n, _, file in parts(args, folder)
-        for name in lacking(attacks, file)
-    ]
+def lacking(args, folder):
+    """(attacks, number of images) that a run's evaluation lacks."""
+    usual, long = ["nat", "pgd20", "cw"], ["pgd100", "apgd"]
+    for attacks, n in (usual, args.n), (["aa"], args.n_aa), (long, args.n_long):
+        file = verdict_file(args, folder, n) if trained(args, folder) else None
+        done = [name for name, *_ in table.read(file)[1]] if file and file.exists() else []
+        if left := [name for name in attacks if name not in done]:
+            yield left, n
 
 
-def study(args, deadline, held):
-    every = []
-    spare = (1 - FOR_TRAINING) * args.seconds if args.seconds < math.inf else 0
+def announce(args):
+    """Say what is to come and, once an epoch of it is through, how long all of it will take."""
+    behind, epochs, images, each = {}, [], Counter(), args.each
+    for folders in (folders_of(args, seed) for seed in args.seeds):
+        for method, folder in folders.items():
+            behind[folder] = len(logged(folder))
+            forks = "--init" in training(args, method, folders, args.options)
+            start = behind[folder] or (each.burn_in if forks else 0)
+            epochs += [args.epochs - start] if start < args.epochs else []
+            images.update((*attacks, n) for attacks, n in lacking(args, folder))
+    texts = [f"{', '.join(names).upper()} {k} x {n:,}" for (*names, n), k in images.items()]
+    attacks = (
+        f"test images in {'bfloat16' if each.amp else 'float32'}: {'; '.join(texts) or 'none'}"
+    )
+    print(f"to come: {len(epochs)} x training, {sum(epochs)} epochs; {attacks}", flush=True)
+    passes = sum(PASSES[name] * n * k for (*names, n), k in images.items() for name in names)
+    if each.eval_every:  # NAT and PGD-20 while training, and at its end
+        checked = sum(epochs) // each.eval_every * each.eval_size + len(epochs) * len(args.test[1])
+        passes += 21 * checked
+    words = behind, sum(epochs), passes, each.steps + 1
+    threading.Thread(target=foretell, args=words, daemon=True).start()
+
+
+def foretell(behind, epochs, passes, passes_in_training):
+    """Wait until one of the runs has more epochs than {folder: number}, and say the time of all."""
+    rows = []
+    while not rows:
+        time.sleep(1)
+        rows = [logged(run)[-1] for run, n in behind.items() if len(logged(run)) > n]
+    seconds, rate = (float(rows[0][name]) for name in ("seconds", "images_per_s"))
+    times = epochs * seconds, passes / (rate * passes_in_training)
+    train, test, both = (datetime.timedelta(seconds=round(t)) for t in (*times, sum(times)))
+    print(f"all of it: about {both}, {train} of it training, {test} evaluation", flush=True)
+
+
+def run(command, until):
+    """Run one of the programs, to `until` at most. Returns its exit status, None if cut short."""
+    left = until - time.monotonic()
+    if left < SHORTEST:
+        return None
+    print(f"\n$ python {shlex.join(command)}", flush=True)
+    words = [sys.executable, ROOT / command[0], *command[1:]]
+    try:
+        return subprocess.run(words, timeout=left if left < math.inf else None).returncode
+    except subprocess.TimeoutExpired:  # killed: what it has saved is whole
+        print("time is up for this part", flush=True)
+
+
+def study(args, begun):
+    """Do what is left of it, as far as time allows. Returns the exit status."""
+    every, status = [], 0
+    announce(args)
     for seed in args.seeds:
         folders = folders_of(args, seed)
         for method, folder in folders.items():
-            if epochs_of(folder) < args.epochs:
-                command = training(args, method, folders, args.options)
-                init = command[command.index("--init") + 1] if "--init" in command else None
-                if init and not Path(init).exists():
-                    continue  # its first is not that far
-                if run(command, deadline - spare, held) == 2:
-                    return 2
-        trained = [f for f in folders.values() if epochs_of(f) >= args.epochs]
-        every += trained
-        for same in zip(*(parts(args, folder) for folder in trained), strict=True):
-            attacks, n, amp, _ = same[0]
-            left = [f for f, part in zip(trained, same, strict=True) if lacking(attacks, part[3])]
-            if left:
-                command = ["eval_attacks.py", *(str(f / "last.pt") for f in left)]
-                command += ["--attacks", *attacks, "--data", args.data, "--n", str(n)]
-                command += ["--eps", str(args.eps)] if args.eps != 8 / 255 else []
-                command += ["--device", args.device] if args.device else []
-                if run([*command, *["--amp"] * amp], deadline, held) == 2:
-                    return 2
-        files = {part[3] for folder in every for part in parts(args, folder)}
+            command = training(args, method, folders, args.options)
+            start = command[command.index("--init") + 1] if "--init" in command else None
+            if trained(args, folder) or (start and not Path(start).exists()):
+                continue  # or its first is not that far
+            if run(command, begun + FOR_TRAINING * args.seconds) == 2:
+                return 2
+        ready = [folder for folder in folders.values() if trained(args, folder)]
+        parts = {}
+        for folder in ready:
+            for attacks, n in lacking(args, folder):
+                parts.setdefault((*attacks, n), []).append(str(folder / "last.pt"))
+        for part in sorted(parts, key=lambda part: list(PASSES).index(part[0])):
+            *attacks, n = part
+            command = ["eval_attacks.py", *parts[part], "--attacks", *attacks, "--data", args.data]
+            command += ["--n", str(n), "--device", args.each.device, *["--amp"] * args.each.amp]
+            command += ["--eps", str(args.each.eps)] if args.each.eps != 8 / 255 else []
+            if run(command, begun + args.seconds) == 2:
+                return 2
+        every += ready
+        files = {verdict_file(args, f, n) for f in every for n in (args.n, args.n_aa, args.n_long)}
         if files := sorted(file for file in files if file.exists()):
             print()
             table.show(table.table([table.read(file) for file in files]))
-    status = 0
     for folder in (f for seed in args.seeds for f in folders_of(args, seed).values()):
-        if texts := missing(args, folder):
+        texts = [f"{', '.join(names).upper()} on {n}" for names, n in lacking(args, folder)]
+        if not trained(args, folder):
+            texts = [f"training (epoch {len(logged(folder))} of {args.epochs})"]
+        if texts:
             status = 1
             print(f"missing in {folder}: {', '.join(texts)}")
     return status
@@ -214,16 +210,13 @@ def study(args, deadline, held):
 
 def main(argv=None):
     begun = time.monotonic()
-    args = parse_args(sys.argv[1:] if argv is None else argv)
-    deadline = begun + args.seconds
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        held = lock(args.out, deadline)
-        return study(args, deadline, held) if held else 1
+        return study(parse_args(sys.argv[1:] if argv is None else argv), begun)
     except KeyboardInterrupt:
         print("stopped: the same command goes on from there", file=sys.stderr)
         return 130
-    except (OSError, ValueError) as error:  # such as a damaged file of verdicts
+    except (OSError, ValueError) as error:  # such as no data, or a damaged file of verdicts
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2
 

@@ -5,10 +5,8 @@
 A row a method: its mean ± std over seeds. Then each method minus the unweighted one of its loss,
 and CL-PM minus PM, on the same seeds and images: mean ± std over the seeds, and in brackets the
 paired 95% interval over the images, these networks taken as given (where ten images or more differ;
-the normal approximation fails below). The paper's own stand under them where data, radius and
-network are the paper's. Runs that differ in more than
-their seed are not one method's. Where a checkpoint has several files, a column shows the images
-that most runs were attacked on.
+the normal approximation fails below). The paper's stand under them where data, radius and network
+are its own. Where a checkpoint has several files, a column shows the images that most runs have.
 """
 
 import argparse
