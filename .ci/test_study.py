@@ -1,13 +1,16 @@
 """The table over runs, and the study that makes them."""
 
 import datetime
+import json
 import math
+import os
 import re
 import shutil
 import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,12 +75,17 @@ def test_table_by_hand(tmp_path, capsys):
         assert row[1:3] == ["3", f"{mean:+.2f} ± {over_seeds:.2f} {interval}"]
 
 
-def test_table_compares_like_with_like(tmp_path, refused):
+def test_table_compares_like_with_like(tmp_path, capsys, refused):
     some, make = np.arange(40) < 20, partial(verdict_file, tmp_path)
     two = [make("at", 1, {"nat": some}), make("clirat", 1, {"nat": some})]
-    for what in {"eps": 4 / 255}, {"data": "b"}, {"seed": 1}, {"version": 4}:
+    for what in {"eps": 0.5}, {"data": "b"}, {"seed": 1}, {"version": 4}:  # a table for each
         files = *two, make("mail-at", 1, {"nat": some}, **what)
-        refused(f"differ in {next(iter(what))}", table.main, [*map(str, files)])
+        table.main([*map(str, files)])
+        one, other = capsys.readouterr().out.split("\ndataset CIFAR-10, ")[1:]
+        assert "| clirat - at | 1 |" in one
+        assert "mail-at" not in one
+        assert f"{next(iter(what))} {next(iter(what.values()))}" in other
+        assert "| mail-at | 1 | 50.00 |" in other
     theirs = make("at", 1, {"nat": some}, more={"method": "theirs"})
     refused("not of a run", table.main, [str(theirs)])
 
@@ -289,3 +297,45 @@ def test_study_bounds_its_parts(tmp_path, monkeypatch, capfd):
     assert 3 < time.monotonic() - begun < 30
     said = capfd.readouterr().out
     assert said.count("on\n") == said.count("time is up") == 1
+
+
+RUNS = ROOT / ".paper" / "runs"
+
+
+def kept(folder):
+    """{name: (n,) verdicts} of all files of a run, and their settings."""
+    files = [eval_attacks.read_verdicts(path) for path in folder.glob("last.pt.*.npz")]
+    return {name: v for verdicts, _ in files for name, v in verdicts.items()}, [s for _, s in files]
+
+
+def test_kept_runs(straight):
+    columns = (straight / "log.csv").read_text().splitlines()[0]
+    folders = [*RUNS.iterdir()]
+    for folder in folders:
+        settings, log = json.loads((folder / "args.json").read_text()), folder / "log.csv"
+        assert log.read_text().splitlines()[0] == columns
+        assert len(study.logged(folder)) == settings["epochs"]
+        for name, value in settings.items():
+            assert all(s["training"][name] == value for s in kept(folder)[1]), (folder, name)
+    networks = [folder / "last.pt" for folder in folders if (folder / "last.pt").exists()]
+    assert len(networks) >= 3
+    for path in networks:
+        weights = clirat.digest(*models.load(path)[0].state_dict().values())
+        assert {s["weights"] for s in kept(path.parent)[1]} == {weights}
+
+
+# the study's first test images; whoever has them elsewhere says so
+CIFAR10 = Path(os.environ.get("CIFAR10", ROOT / "../shared/data/cifar10_subset.npz"))
+
+
+@pytest.mark.skipif(not CIFAR10.exists(), reason="CIFAR-10 is not there")
+def test_kept_network_under_attack():
+    """Attacked once more, it gives the verdicts that are kept beside it."""
+    folder = RUNS / "clirat-wrn-10-1-s1"
+    net, _ = models.load(folder / "last.pt")
+    x, y = (t[:8] for t in clirat.load_data(str(CIFAR10), ["test"]))
+    attacks = ["nat", "pgd20", "cw", "pgd100", "apgd"]
+    found = eval_attacks.evaluate(net, x, y, attacks, eps=8 / 255)
+    for name, verdict in found.items():
+        assert verdict.tolist() == kept(folder)[0][name][:8].tolist()
+    assert 0 < found["pgd20"].sum() < 8

@@ -131,26 +131,24 @@ def announce(args):
             epochs += [args.epochs - start] if start < args.epochs else []
             images.update((*attacks, n) for attacks, n in lacking(args, folder))
     texts = [f"{', '.join(names).upper()} {k} x {n:,}" for (*names, n), k in images.items()]
-    attacks = (
-        f"test images in {'bfloat16' if each.amp else 'float32'}: {'; '.join(texts) or 'none'}"
-    )
-    print(f"to come: {len(epochs)} x training, {sum(epochs)} epochs; {attacks}", flush=True)
+    precision = "bfloat16" if each.amp else "float32"
+    print(f"to come: {len(epochs)} x training, {sum(epochs)} epochs", end="; ")
+    print(f"test images in {precision}: {'; '.join(texts) or 'none'}", flush=True)
     passes = sum(PASSES[name] * n * k for (*names, n), k in images.items() for name in names)
     if each.eval_every:  # NAT and PGD-20 while training, and at its end
         checked = sum(epochs) // each.eval_every * each.eval_size + len(epochs) * len(args.test[1])
         passes += 21 * checked
-    words = behind, sum(epochs), passes, each.steps + 1
-    threading.Thread(target=foretell, args=words, daemon=True).start()
+    threading.Thread(target=foretell, args=(args, behind, epochs, passes), daemon=True).start()
 
 
-def foretell(behind, epochs, passes, passes_in_training):
-    """Wait until one of the runs has more epochs than {folder: number}, and say the time of all."""
+def foretell(args, behind, epochs, passes):
+    """Wait until a run has more epochs than {run: number} says, then say the time of all of it."""
     rows = []
     while not rows:
         time.sleep(1)
         rows = [logged(run)[-1] for run, n in behind.items() if len(logged(run)) > n]
     seconds, rate = (float(rows[0][name]) for name in ("seconds", "images_per_s"))
-    times = epochs * seconds, passes / (rate * passes_in_training)
+    times = sum(epochs) * seconds, passes / (rate * (args.each.steps + 1))
     train, test, both = (datetime.timedelta(seconds=round(t)) for t in (*times, sum(times)))
     print(f"all of it: about {both}, {train} of it training, {test} evaluation", flush=True)
 

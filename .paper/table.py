@@ -7,6 +7,7 @@ and CL-PM minus PM, on the same seeds and images: mean ± std over the seeds, an
 paired 95% interval over the images, these networks taken as given (where ten images or more differ;
 the normal approximation fails below). The paper's stand under them where data, radius and network
 are its own. Where a checkpoint has several files, a column shows the images that most runs have.
+Each test set, radius and seed of the attacks has a table of its own.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from eval_attacks import COLUMNS, plan, read_verdicts, robust_in, to_ask
 # settings in which one method's runs may differ, and those in which compared methods may
 ALIKE = {"seed", "init", "best", "eval_every", "eval_size"}
 WEIGHTING = {"method", "gamma", "beta", "weight_norm", "exclude"}
+TEST = "dataset", "data", "eps", "seed", "version"  # what the figures of a table share
 
 
 def read(path):
@@ -119,14 +121,8 @@ def paper(settings, training, names):
 
 
 def table(files):
-    """Rows of cells, the first one the titles. files: what `read` returns of each.
-
-    ValueError where the files differ in what makes figures comparable.
-    """
+    """Rows of cells, the first one the titles. files: what `read` returns of each, of one TEST."""
     settings = files[0][0]
-    for name in "data", "eps", "seed", "version":
-        if any(other[name] != settings[name] for other, _ in files):
-            raise ValueError(f"the files differ in {name}: give those of one")
     groups, columns = group(files), []
     counts = Counter(key for _, seeds in groups for found in seeds.values() for key in found)
     for name in COLUMNS:
@@ -168,8 +164,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser("table.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="verdict files")
     args = parser.parse_args(argv)
+    tests = {}
     try:
-        show(table([read(path) for path in dict.fromkeys(args.files)]))
+        for file in map(read, dict.fromkeys(args.files)):
+            test = ", ".join(f"{name} {file[0][name]}" for name in TEST)
+            tests.setdefault(test, []).append(file)
+        for test, files in tests.items():
+            print(f"\n{test}\n\n" if len(tests) > 1 else "", end="")
+            show(table(files))
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
