@@ -581,7 +581,7 @@ def read_verdicts(path):
             return verdicts, settings
     except Exception as error:  # a damaged file can raise nearly anything
         what = f"{path} is no file of verdicts, or is damaged ({error})"
-        raise ValueError(f"{what}: move it away to evaluate afresh") from None
+        raise ValueError(f"{what}: without one, all is evaluated afresh") from None
 
 
 def keep(path, settings, verdicts):

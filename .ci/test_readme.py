@@ -1,4 +1,4 @@
-"""What the README says, held against the code and the files that it speaks of."""
+"""What the README and the pages of the folders say, held against code and files."""
 
 import inspect
 import re
@@ -15,7 +15,23 @@ import clirat
 import eval_attacks
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+sys.path.insert(0, str(ROOT / ".paper"))
+import study
+
+PAGES = {
+    path: path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / ".paper" / "README.md", ROOT / ".ci" / "README.md")
+}
+README, PAPER, _ = PAGES.values()
+
+
+def commands_of(program):
+    """What follows python PROGRAM on the pages, without line breaks, shell variables or braces."""
+    text = "\n".join(PAGES.values()).replace("\\\n", "")
+    commands = re.findall(rf"python {re.escape(program)} ([^`;\n]*)", text)
+    for variable, value in zip("mesgb", ("at", "multi", "1", "7", "-0.2"), strict=True):
+        commands = [command.replace(f"${variable}", value) for command in commands]
+    return [shlex.split(command.replace("[CKPT ...]", "")) for command in commands]
 
 
 def test_what_people_copy():
@@ -57,31 +73,65 @@ def test_figures_by_hand():
 
 
 def test_tables():
-    commands = re.findall(r"^    python (\.paper/table\.py \.paper/runs/\S+)$", README, re.M)
-    for command in commands:
-        words = [word for part in command.split() for word in sorted(map(str, ROOT.glob(part)))]
-        output = subprocess.check_output([sys.executable, *words], text=True, encoding="utf-8")
-        assert output in README.replace("**", "")
-    assert len(commands) == 2
+    """Each table whose command is on a page is what the command prints."""
+    tables = 0
+    for text in PAGES.values():
+        for command in re.findall(r"^    python (\.paper/table\.py \.paper/runs/.+)$", text, re.M):
+            words = [word for part in command.split() for word in sorted(map(str, ROOT.glob(part)))]
+            output = subprocess.check_output([sys.executable, *words], text=True, encoding="utf-8")
+            assert output in text.replace("**", "")
+            tables += 1
+    assert tables > 1
+
+
+def test_pictures(tmp_path):
+    """Each picture is drawn by a command on a page; the same on all machines but for fonts."""
+    pytest.importorskip("matplotlib")
+    drawn = set()
+    for program in "curves.py", "fig2.py":
+        for words in commands_of(f".paper/{program}"):
+            if ".paper/" in words[-1]:
+                words = [f".paper/{program}", *words[:-1], tmp_path / Path(words[-1]).name]
+                line = " ".join(map(str, [sys.executable, *words]))
+                subprocess.run(["bash", "-c", line], check=True, cwd=ROOT)
+                drawn.add(words[-1].name)
+    kept = {path.name for path in (ROOT / ".paper").glob("*.[ps][nv]g")}
+    assert drawn == kept == {path.name for path in tmp_path.iterdir()}
+    for name in drawn:
+        ours, theirs = ((folder / name).read_bytes() for folder in (ROOT / ".paper", tmp_path))
+        assert ours[16:24] == theirs[16:24]  # a PNG's width and height
 
 
 @pytest.mark.parametrize("program", [clirat, eval_attacks])
 def test_commands(program):
     """Their flags and choices exist."""
-    name = Path(program.__file__).name
-    commands = re.findall(rf"python {re.escape(name)} ([^`;\n]*)", README)
+    commands = commands_of(Path(program.__file__).name)
     assert len(commands) > 2
-    for command in commands:
-        for variable, value in zip("mesgb", ("at", "multi", "1", "7", "-0.2"), strict=True):
-            command = command.replace(f"${variable}", value)
-        program.parse_args(shlex.split(command.replace("[CKPT ...]", "")))
+    for words in commands:
+        program.parse_args(words)
 
 
-def test_links():
-    headings = re.findall(r"^#+ (.*)$", README, re.M)
-    anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
-    anchors |= set(re.findall(r'<a id="(.*?)">', README))
-    targets = re.findall(r'(?:\]\(|src=")(?!https?:)(.*?)[)"]', README)
-    assert len(targets) > 5
+def test_commands_of_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(clirat, "load_data", lambda *_: (torch.zeros(10, 1), torch.zeros(10)))
+    commands = commands_of(".paper/study.py")
+    assert len(commands) > 2
+    for words in commands:
+        study.parse_args(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.parent.name)
+def test_links(page):
+    def anchors(path):
+        headings = re.findall(r"^#+ (.*)$", PAGES[path], re.M)
+        found = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+        return found | set(re.findall(r'<a id="(.*?)">', PAGES[path]))
+
+    targets = re.findall(r'(?:\]\(|src=")(?!https?:)(.*?)[)"]', PAGES[page])
     for target in targets:
-        assert target[1:] in anchors if target[0] == "#" else (ROOT / target).exists(), target
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        path = path / "README.md" if path.is_dir() else path
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+    assert len(targets) > 2 or page.parent.name == ".ci"

@@ -209,19 +209,24 @@ def test_study(data, tmp_path, monkeypatch, capsys, refused):
     assert study.main([word.replace(str(tmp_path), str(moved)) for word in words]) == 0
     assert commands[0].endswith("--resume")
     capsys.readouterr()
-    two_seeds = WORDS.replace("clirat at fat mail-at", "at --seeds 1 2").split()
+    two_seeds = WORDS.replace("clirat at fat mail-at", "at --seeds 1 2 1").split()
     assert study.main([*two_seeds, *words[len(WORDS.split()) :]]) == 0
     row = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| at |")][-1]
     assert row.startswith("| at | 2 | ")
     new = [word.replace(str(tmp_path), str(tmp_path / "new")) for word in words]
     for command, option, message in (
         (words, "--lr 0.5", "was started with lr 0.1, not 0.5"),
-        (words, "--init elsewhere.pt", "was started with init None, not elsewhere.pt"),
         (new, "--seed 2", "leave --seed out"),
         (new, "--meth at", "leave --method out"),
-        (new, "--init elsewhere.pt", "leave --init out"),
+        (words, "--init elsewhere.pt", "leave --init out"),
     ):
         refused(message, study.main, [*command, *option.split()])
+    own, given = [*words[: words.index("--")], "--methods", "clirat", "gairat"], tmp_path / "d.npz"
+    refused("differ in batch_size, burn_in, steps: give them after --", study.main, own)
+    arrays = dict(np.load(data))
+    np.savez(given, **arrays | {"x_train": arrays["x_train"] // 2})
+    elsewhere = [str(given) if word == str(data) else word for word in words]
+    refused("at-wrn-10-1-s1 was started with other data", study.main, elsewhere)
     (folder / "args.json").write_text("[]")
     refused("holds no run to resume", study.main, words)
 
@@ -231,6 +236,7 @@ def test_what_a_study_starts(data, tmp_path, monkeypatch):
     words += ["--seconds", "1000"]
     started, run = [], lambda command, until: started.append((command, until)) or 0
     monkeypatch.setattr(study, "run", run)
+    monkeypatch.setattr(study, "foretell", lambda *_: None)
     args = study.parse_args(words)
     assert study.study(args, 0) == 1  # nothing came of it
     seeds = [command[command.index("--seed") + 1] for command, _ in started]
@@ -239,19 +245,30 @@ def test_what_a_study_starts(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, "trained", lambda args, folder: True)
     monkeypatch.setattr(models, "load", lambda path: (small_network(5), {}))
-    for options, amps in (["--eps", "1/30"], [False] * 3), (["--amp"], [True] * 3):
+    elsewhere = ["--device", "cuda:7"]
+    for options, amps in (["--eps", "1/30"], [False] * 3), (["--amp", *elsewhere], [True] * 3):
         started.clear()
         args = study.parse_args([*words, "--", *options])
         study.study(args, 0)
         assert [until for _, until in started] == [1000] * 6
         assert ["--amp" in command for command, _ in started] == amps * 2
+        assert all((" ".join(elsewhere) in " ".join(c)) == amps[0] for c, _ in started)
         given = [c[c.index("--eps") + 1] for c, _ in started if "--eps" in c]
         assert [*map(float, given)] == ([1 / 30] * 6 if "--eps" in options else [])
 
     for burn_in in "0", "120":  # none that could be shared
         args = study.parse_args([*words, "--methods", "at", "clirat", "--", "--burn-in", burn_in])
-        command = study.training(args, "clirat", study.folders_of(args, 1), args.options)
+        command = study.training(args, "clirat", args.runs[1], args.options)
         assert "--init" not in command
+
+    args = study.parse_args([*words, "--methods", "at", "clirat"])
+    folder = args.runs[1]["at"]  # 80 epochs without burnin.pt: it will not come any more
+    folder.mkdir()
+    for rows, there, forks in (70, False, True), (80, False, False), (80, True, True):
+        (folder / "log.csv").write_text("epoch\n" + "1\n" * rows)
+        (folder / "burnin.pt").touch() if there else None
+        command = study.training(args, "clirat", args.runs[1], [])
+        assert ("--init" in command) == forks
 
 
 def test_time_of_a_study(data, tmp_path, monkeypatch, capsys):
@@ -274,7 +291,7 @@ def test_time_of_a_study(data, tmp_path, monkeypatch, capsys):
     # 4 epochs of 20 s; 4 images/s at 5 passes an image make 20 passes/s
     passes = 20 * (1 + 20 + 20) + 2 * 1000 + 8 * (100 + 100) + 21 * (2 * 5 + 30)
     times = [datetime.timedelta(seconds=round(s)) for s in (80 + passes / 20, 80, passes / 20)]
-    expected = "all of it: about {}, {} of it training, {} evaluation\n".format(*times)
+    expected = "to come: about {}, {} of it training, {} evaluation\n".format(*times)
     assert capsys.readouterr().out.endswith(expected)
 
 

@@ -59,11 +59,9 @@ def common(ours, theirs):
 
 def draw(methods, panels, burn_in, first, out):
     """methods: {label: logs of its seeds}. panels: names of PANELS, two columns at most."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("matplotlib is missing: pip install matplotlib") from None
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     titles = {column: title for panel in panels for column, title in PANELS[panel][1].items()}
     shares = len(titles) > len(panels)  # of one whole: on one scale
     handles = dict.fromkeys([*methods, "shared", "burn-in"])
@@ -122,7 +120,7 @@ def main(argv=None):
             names = ["/".join(Path(name).parts[-2:]) for name in logs]
         methods = dict(zip(names, logs.values(), strict=True))
         draw(methods, args.panels, args.burn_in or max(ends), args.first, args.out)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
 
 

@@ -19,11 +19,9 @@ def minus(number):
 
 
 def draw(out):
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("matplotlib is missing: pip install matplotlib") from None
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     with rc_context({"font.size": 17, "axes.titlesize": 17, "svg.hashsalt": "fig2"}):
         figure = Figure(figsize=(8, 4.8), dpi=200, layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
@@ -58,7 +56,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.svg", help="where to draw")
     try:
         draw(parser.parse_args(argv).out)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
 
 

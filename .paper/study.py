@@ -33,6 +33,8 @@ FOR_TRAINING = 0.85  # of --seconds; the rest is for evaluation
 SHORTEST = 15  # seconds; a part is not started for less
 # forward and backward passes an image, in order of value; AutoAttack's depend on the network: about
 PASSES = {"nat": 1, "pgd20": 20, "cw": 20, "aa": 1000, "pgd100": 100, "apgd": 100}
+# settings in which the runs of a study may differ
+OWN = table.ALIKE | table.WEIGHTING | {"trade_off", "data", "digest"}
 
 
 def parse_args(argv):
@@ -53,28 +55,31 @@ def parse_args(argv):
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
     args.options = argv[end + 1 :]
-    args.test = clirat.load_data(args.data, ["test"])
-    args.methods = [method for method in METHODS if method in args.methods]  # unweighted ones first
+    data = clirat.load_data(args.data)
+    args.test, digest = data[2:], clirat.digest(*data)
+    methods = [method for method in METHODS if method in args.methods]  # unweighted ones first
+    # {seed: {method: run folder}}
+    args.runs = {s: {m: args.out / f"{m}-{args.arch}-s{s}" for m in methods} for s in args.seeds}
     images = len(args.test[1])
-    args.n, args.n_long, args.n_aa = (min(n, images) for n in (args.n, args.n_long, args.n_aa))
-    for seed in args.seeds:
-        folders = folders_of(args, seed)
-        for method in folders:
+    args.n, args.n_aa, args.n_long = (min(n, images) for n in (args.n, args.n_aa, args.n_long))
+    if any(option.startswith("--i") for option in args.options):
+        parser.error("leave --init out after --: study.py sets it")
+    shared = []
+    for folders in args.runs.values():
+        for method, folder in folders.items():
             plain = clirat.parse_args(training(args, method, folders, [])[1:])
             now = clirat.parse_args(training(args, method, folders, args.options)[1:])
             # which ends with an error where a run is there with other settings
             for name in "method", "arch", "data", "epochs", "seed", "out", "resume":
                 if getattr(now, name) != getattr(plain, name):
                     parser.error(f"leave --{name} out after --: study.py sets it")
-            if now.init not in (None, plain.init):
-                parser.error("leave --init out after --: study.py sets it")
+            if getattr(now, "digest", digest) != digest:
+                parser.error(f"{folder} was started with other data than {args.data}")
+            shared.append(table.without(clirat.settings(now), OWN))
             args.each = now
+    if names := sorted({k for own in shared for k in own if own[k] != shared[0][k]}):
+        parser.error(f"runs in {args.out} differ in {', '.join(names)}: give them after --")
     return args
-
-
-def folders_of(args, seed):
-    """{method: run folder}."""
-    return {method: args.out / f"{method}-{args.arch}-s{seed}" for method in args.methods}
 
 
 def logged(folder):
@@ -93,9 +98,10 @@ def training(args, method, folders, options):
         return [*command, "--resume"]
     family = [m for m in folders if "fat" not in (m, method) or m == method]
     first = next(m for m in family if METHODS[m].loss == METHODS[method].loss)
-    forks = 0 < clirat.parse_args(command[1:]).burn_in < args.epochs
-    if first != method and forks:
-        command += ["--init", str(folders[first] / "burnin.pt")]
+    start, burn_in = folders[first] / "burnin.pt", clirat.parse_args(command[1:]).burn_in
+    there = start.exists() or len(logged(folders[first])) < burn_in  # or will be
+    if first != method and 0 < burn_in < args.epochs and there:
+        command += ["--init", str(start)]
     return command
 
 
@@ -123,7 +129,7 @@ def lacking(args, folder):
 def announce(args):
     """Say what is to come and, once an epoch of it is through, how long all of it will take."""
     behind, epochs, images, each = {}, [], Counter(), args.each
-    for folders in (folders_of(args, seed) for seed in args.seeds):
+    for folders in args.runs.values():
         for method, folder in folders.items():
             behind[folder] = len(logged(folder))
             forks = "--init" in training(args, method, folders, args.options)
@@ -142,15 +148,15 @@ def announce(args):
 
 
 def foretell(args, behind, epochs, passes):
-    """Wait until a run has more epochs than {run: number} says, then say the time of all of it."""
-    rows = []
+    """Wait until a run has more epochs than {run: number} says, then say how long all will take."""
+    rows, first = [], int(args.each.compile)  # compiling is slow
     while not rows:
         time.sleep(1)
-        rows = [logged(run)[-1] for run, n in behind.items() if len(logged(run)) > n]
+        rows = [logged(run)[-1] for run, n in behind.items() if len(logged(run)) > n + first]
     seconds, rate = (float(rows[0][name]) for name in ("seconds", "images_per_s"))
     times = sum(epochs) * seconds, passes / (rate * (args.each.steps + 1))
     train, test, both = (datetime.timedelta(seconds=round(t)) for t in (*times, sum(times)))
-    print(f"all of it: about {both}, {train} of it training, {test} evaluation", flush=True)
+    print(f"to come: about {both}, {train} of it training, {test} evaluation", flush=True)
 
 
 def run(command, until):
@@ -168,10 +174,9 @@ def run(command, until):
 
 def study(args, begun):
     """Do what is left of it, as far as time allows. Returns the exit status."""
-    every, status = [], 0
     announce(args)
-    for seed in args.seeds:
-        folders = folders_of(args, seed)
+    for folders in args.runs.values():
+        parts = {}
         for method, folder in folders.items():
             command = training(args, method, folders, args.options)
             start = command[command.index("--init") + 1] if "--init" in command else None
@@ -179,9 +184,7 @@ def study(args, begun):
                 continue  # or its first is not that far
             if run(command, begun + FOR_TRAINING * args.seconds) == 2:
                 return 2
-        ready = [folder for folder in folders.values() if trained(args, folder)]
-        parts = {}
-        for folder in ready:
+        for folder in (folder for folder in folders.values() if trained(args, folder)):
             for attacks, n in lacking(args, folder):
                 parts.setdefault((*attacks, n), []).append(str(folder / "last.pt"))
         for part in sorted(parts, key=lambda part: list(PASSES).index(part[0])):
@@ -191,12 +194,14 @@ def study(args, begun):
             command += ["--eps", str(args.each.eps)] if args.each.eps != 8 / 255 else []
             if run(command, begun + args.seconds) == 2:
                 return 2
-        every += ready
-        files = {verdict_file(args, f, n) for f in every for n in (args.n, args.n_aa, args.n_long)}
-        if files := sorted(file for file in files if file.exists()):
-            print()
-            table.show(table.table([table.read(file) for file in files]))
-    for folder in (f for seed in args.seeds for f in folders_of(args, seed).values()):
+    every = [folder for folders in args.runs.values() for folder in folders.values()]
+    numbers = args.n, args.n_aa, args.n_long
+    files = {verdict_file(args, f, n) for f in every if trained(args, f) for n in numbers}
+    if files := sorted(file for file in files if file.exists()):
+        print()
+        table.show(table.table([table.read(file) for file in files]))
+    status = 0
+    for folder in every:
         texts = [f"{', '.join(names).upper()} on {n}" for names, n in lacking(args, folder)]
         if not trained(args, folder):
             texts = [f"training (epoch {len(logged(folder))} of {args.epochs})"]
