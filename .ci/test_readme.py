@@ -113,7 +113,7 @@ def test_commands(program):
 
 def test_commands_of_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(clirat, "load_data", lambda *_: (torch.zeros(10, 1), torch.zeros(10)))
+    monkeypatch.setattr(clirat, "load_data", lambda *_: [torch.zeros(10)] * 4)
     commands = commands_of(".paper/study.py")
     assert len(commands) > 2
     for words in commands:
