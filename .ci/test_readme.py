@@ -18,15 +18,13 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / ".paper"))
 import study
 
-PAGES = {
-    path: path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", ROOT / ".paper" / "README.md", ROOT / ".ci" / "README.md")
-}
-README, PAPER, _ = PAGES.values()
+FOLDERS = ROOT, ROOT / ".paper", ROOT / ".ci"
+PAGES = {path: path.read_text(encoding="utf-8") for path in (f / "README.md" for f in FOLDERS)}
+README = PAGES[ROOT / "README.md"]
 
 
 def commands_of(program):
-    """What follows python PROGRAM on the pages, without line breaks, shell variables or braces."""
+    """The words after python PROGRAM on the pages, for each time that it is called there."""
     text = "\n".join(PAGES.values()).replace("\\\n", "")
     commands = re.findall(rf"python {re.escape(program)} ([^`;\n]*)", text)
     for variable, value in zip("mesgb", ("at", "multi", "1", "7", "-0.2"), strict=True):

@@ -245,16 +245,18 @@ def test_what_a_study_starts(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, "trained", lambda args, folder: True)
     monkeypatch.setattr(models, "load", lambda path: (small_network(5), {}))
-    elsewhere = ["--device", "cuda:7"]
+    elsewhere, files = ["--device", "cuda:7"], {study.verdict_file(args, tmp_path, 5)}
     for options, amps in (["--eps", "1/30"], [False] * 3), (["--amp", *elsewhere], [True] * 3):
         started.clear()
         args = study.parse_args([*words, "--", *options])
         study.study(args, 0)
         assert [until for _, until in started] == [1000] * 6
         assert ["--amp" in command for command, _ in started] == amps * 2
+        files.add(study.verdict_file(args, tmp_path, 5))
         assert all((" ".join(elsewhere) in " ".join(c)) == amps[0] for c, _ in started)
         given = [c[c.index("--eps") + 1] for c, _ in started if "--eps" in c]
         assert [*map(float, given)] == ([1 / 30] * 6 if "--eps" in options else [])
+    assert len(files) == 3  # eps and precision are part of their names
 
     for burn_in in "0", "120":  # none that could be shared
         args = study.parse_args([*words, "--methods", "at", "clirat", "--", "--burn-in", burn_in])
