@@ -231,25 +231,34 @@ def test_study(data, tmp_path, monkeypatch, capsys, refused):
     refused("holds no run to resume", study.main, words)
 
 
-def test_what_a_study_starts(data, tmp_path, monkeypatch):
-    words = ["--methods", "at", "--seeds", "1", "2", "--data", str(data), "--out", str(tmp_path)]
-    words += ["--seconds", "1000"]
-    started, run = [], lambda command, until: started.append((command, until)) or 0
+def test_what_a_study_starts(data, tmp_path, monkeypatch, capsys):
+    words = ["--methods", "at", "clirat", "--seeds", "1", "2", "--seconds", "1000"]
+    words += ["--data", str(data), "--out", str(tmp_path)]
+    status, started = [0], []
+    run = lambda command, until: started.append((command, until)) or status[0]  # noqa: E731
     monkeypatch.setattr(study, "run", run)
     monkeypatch.setattr(study, "foretell", lambda *_: None)
     args = study.parse_args(words)
     assert study.study(args, 0) == 1  # nothing came of it
-    seeds = [command[command.index("--seed") + 1] for command, _ in started]
-    assert seeds == ["1", "2"]
+    named = [[c[c.index(name) + 1] for name in ("--method", "--seed")] for c, _ in started]
+    assert named == [["at", "1"], ["at", "2"]]  # clirat's start is not there
     assert [until for _, until in started] == [pytest.approx(850)] * 2
+    status[0] = 2  # a program's own words say why
+    assert study.study(args, 0) == 2
+    assert len(started) == 3
 
     monkeypatch.setattr(study, "trained", lambda args, folder: True)
     monkeypatch.setattr(models, "load", lambda path: (small_network(5), {}))
+    assert study.study(args, 0) == 2
+    assert len(started) == 4
+    status[0] = 0
     elsewhere, files = ["--device", "cuda:7"], {study.verdict_file(args, tmp_path, 5)}
     for options, amps in (["--eps", "1/30"], [False] * 3), (["--amp", *elsewhere], [True] * 3):
         started.clear()
         args = study.parse_args([*words, "--", *options])
+        capsys.readouterr()
         study.study(args, 0)
+        assert f"test images in {'bfloat16' if amps[0] else 'float32'}: " in capsys.readouterr().out
         assert [until for _, until in started] == [1000] * 6
         assert ["--amp" in command for command, _ in started] == amps * 2
         files.add(study.verdict_file(args, tmp_path, 5))
@@ -259,11 +268,11 @@ def test_what_a_study_starts(data, tmp_path, monkeypatch):
     assert len(files) == 3  # eps and precision are part of their names
 
     for burn_in in "0", "120":  # none that could be shared
-        args = study.parse_args([*words, "--methods", "at", "clirat", "--", "--burn-in", burn_in])
+        args = study.parse_args([*words, "--", "--burn-in", burn_in])
         command = study.training(args, "clirat", args.runs[1], args.options)
         assert "--init" not in command
 
-    args = study.parse_args([*words, "--methods", "at", "clirat"])
+    args = study.parse_args(words)
     folder = args.runs[1]["at"]  # 80 epochs without burnin.pt: it will not come any more
     folder.mkdir()
     for rows, there, forks in (70, False, True), (80, False, False), (80, True, True):
@@ -283,16 +292,26 @@ def test_time_of_a_study(data, tmp_path, monkeypatch, capsys):
         (folder / "log.csv").write_text("\n".join(["epoch,seconds,images_per_s", *rows, ""]))
 
     log("1,9,1", "2,9,1")
-    words = ["--methods", "at", "--epochs", "6", "--arch", "wrn-10-1", "--data", str(data)]
+    words = [
+        "--methods",
+        "at",
+        "clirat",
+        "--epochs",
+        "6",
+        "--arch",
+        "wrn-10-1",
+        "--data",
+        str(data),
+    ]
     words += ["--out", str(tmp_path), "--n", "20", "--n-long", "8", "--n-aa", "2"]
     args = study.parse_args([*words, "--", "--steps", "4", "--eval-every", "2", "--eval-size", "5"])
     before = {*threading.enumerate()}
     study.announce(args)
     for thread in {*threading.enumerate()} - before:
         thread.join(10)
-    # 4 epochs of 20 s; 4 images/s at 5 passes an image make 20 passes/s
-    passes = 20 * (1 + 20 + 20) + 2 * 1000 + 8 * (100 + 100) + 21 * (2 * 5 + 30)
-    times = [datetime.timedelta(seconds=round(s)) for s in (80 + passes / 20, 80, passes / 20)]
+    # 4 + 2 epochs of 20 s; 4 images/s at 5 passes an image make 20 passes/s
+    passes = 2 * (20 * (1 + 20 + 20) + 2 * 1000 + 8 * (100 + 100)) + 21 * (3 * 5 + 2 * 30)
+    times = [datetime.timedelta(seconds=round(s)) for s in (120 + passes / 20, 120, passes / 20)]
     expected = "to come: about {}, {} of it training, {} evaluation\n".format(*times)
     assert capsys.readouterr().out.endswith(expected)
 
