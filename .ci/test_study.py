@@ -222,7 +222,7 @@ def test_study(data, tmp_path, monkeypatch, capsys, refused):
     ):
         refused(message, study.main, [*command, *option.split()])
     own, given = [*words[: words.index("--")], "--methods", "clirat", "gairat"], tmp_path / "d.npz"
-    refused("differ in batch_size, burn_in, steps: give them after --", study.main, own)
+    refused("batch_size, burn_in, steps: runs in", study.main, own)
     arrays = dict(np.load(data))
     np.savez(given, **arrays | {"x_train": arrays["x_train"] // 2})
     elsewhere = [str(given) if word == str(data) else word for word in words]

@@ -78,7 +78,7 @@ def parse_args(argv):
             shared.append(table.without(clirat.settings(now), OWN))
             args.each = now
     if names := sorted({k for own in shared for k in own if own[k] != shared[0][k]}):
-        parser.error(f"runs in {args.out} differ in {', '.join(names)}: give them after --")
+        parser.error(f"{', '.join(names)}: runs in {args.out} would differ; name those after --")
     return args
 
 
