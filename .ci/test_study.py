@@ -203,6 +203,7 @@ def test_study(data, tmp_path, monkeypatch, capsys, refused):
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "to come: 0 x training, 0 epochs; test images in float32: none"
     assert [row for row in said if row in rows[-8:]] == rows[-8:]
+    assert "| % | seeds | NAT | PGD20 | PGD100 | CW | APGD | AA |" in said
     moved = tmp_path / "moved"  # a run knows its own start
     shutil.copytree(tmp_path, moved, ignore=lambda folder, names: {"moved"} & {*names})
     (moved / "clirat-wrn-10-1-s1" / "log.csv").unlink()
@@ -239,6 +240,7 @@ def test_what_a_study_starts(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "run", run)
     monkeypatch.setattr(study, "foretell", lambda *_: None)
     args = study.parse_args(words)
+    assert (args.n, args.n_aa, args.n_long) == (30, 30, 30)  # all there are
     assert study.study(args, 0) == 1  # nothing came of it
     named = [[c[c.index(name) + 1] for name in ("--method", "--seed")] for c, _ in started]
     assert named == [["at", "1"], ["at", "2"]]  # clirat's start is not there
@@ -284,27 +286,19 @@ def test_what_a_study_starts(data, tmp_path, monkeypatch, capsys):
 
 def test_time_of_a_study(data, tmp_path, monkeypatch, capsys):
     """By hand, from the first epoch that is logged."""
-    monkeypatch.setattr(time, "sleep", lambda seconds: log("1,9,1", "2,9,1", "3,20,4"))
+    rows = ["1,9,1", "2,9,1", "3,99,1", "4,20,4"]  # the third compiles
+    epochs = iter([3, 4])
+    monkeypatch.setattr(time, "sleep", lambda seconds: log(*rows[: next(epochs)]))
     folder = tmp_path / "at-wrn-10-1-s1"
     folder.mkdir()
 
     def log(*rows):
         (folder / "log.csv").write_text("\n".join(["epoch,seconds,images_per_s", *rows, ""]))
 
-    log("1,9,1", "2,9,1")
-    words = [
-        "--methods",
-        "at",
-        "clirat",
-        "--epochs",
-        "6",
-        "--arch",
-        "wrn-10-1",
-        "--data",
-        str(data),
-    ]
-    words += ["--out", str(tmp_path), "--n", "20", "--n-long", "8", "--n-aa", "2"]
-    args = study.parse_args([*words, "--", "--steps", "4", "--eval-every", "2", "--eval-size", "5"])
+    log(*rows[:2])
+    words = f"--methods at clirat --epochs 6 --arch wrn-10-1 --data {data} --out {tmp_path} --n 20"
+    words += " --n-long 8 --n-aa 2 -- --compile --steps 4 --eval-every 2 --eval-size 5"
+    args = study.parse_args(words.split())
     before = {*threading.enumerate()}
     study.announce(args)
     for thread in {*threading.enumerate()} - before:

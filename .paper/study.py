@@ -100,7 +100,7 @@ def training(args, method, folders, options):
     first = next(m for m in family if METHODS[m].loss == METHODS[method].loss)
     start, burn_in = folders[first] / "burnin.pt", clirat.parse_args(command[1:]).burn_in
     there = start.exists() or len(logged(folders[first])) < burn_in  # or will be
-    if first != method and 0 < burn_in < args.epochs and there:
+    if first != method and burn_in < args.epochs and there:
         command += ["--init", str(start)]
     return command
 

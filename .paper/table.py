@@ -166,7 +166,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     tests = {}
     try:
-        for file in map(read, dict.fromkeys(args.files)):
+        for file in map(read, args.files):
             test = ", ".join(f"{name} {file[0][name]}" for name in TEST)
             tests.setdefault(test, []).append(file)
         for test, files in tests.items():
