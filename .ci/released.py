@@ -9,6 +9,7 @@ kept off 0 and 1, since that code does not clamp PGD's start.
 """
 
 import argparse
+import copy
 import sys
 import warnings
 from pathlib import Path
@@ -55,18 +56,25 @@ def main(argv=None):
     parser.add_argument("checkpoint")
     parser.add_argument("data")
     given = parser.parse_args(argv)
+    for name in "at_loss.py", "mail_loss.py":
+        if not (given.mail / name).is_file():
+            where = f"git clone https://github.com/QizhouWang/MAIL {given.mail}"
+            parser.error(f"no {name} in {given.mail}: {where}")
+    try:
+        x, y = (t[:64] for t in clirat.load_data(given.data, ["test"]))
+        network, _ = models.load(given.checkpoint)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     sys.path.insert(0, str(given.mail))
     torch.Tensor.cuda = lambda tensor: tensor  # which that code calls
     torch.set_default_dtype(torch.float64)
     warnings.filterwarnings("ignore", "size_average")
-    x, y = (t[:64] for t in clirat.load_data(given.data, ["test"]))
     x = x.clamp(6, 249).double() / 255
     for method in METHODS:
         args = clirat.parse_args(["--method", method, "--weight-norm", "mail"])
         results = []
         for step in theirs, ours:
-            net, _ = models.load(given.checkpoint)
-            results.append(step(args, net.double(), x, y))
+            results.append(step(args, copy.deepcopy(network).double(), x, y))
         (loss, grad), (our_loss, our_grad) = results
         apart = (our_grad - grad).norm() / grad.norm()
         print(f"{method}: loss {loss:.8f}, ours {our_loss:.8f}, gradients {apart:.1e} apart")
