@@ -118,9 +118,8 @@ def build(name, num_classes=10):
     match = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
     depth, widen = map(int, match.groups()) if match else (0, 0)
     if depth < 8 or depth % 6 not in (2, 4) or widen < 1:
-        raise ValueError(
-            f"unknown architecture {name!r}: use resnet18 or wrn-D-K, D = 6n+4 or 6n+2"
-        )
+        known = "resnet18 or wrn-D-K, D = 6n+4 or 6n+2"
+        raise ValueError(f"unknown architecture {name!r}: use {known}")
     return WideResNet((depth - 2) // 6, widen, num_classes)
 
 
@@ -322,8 +321,10 @@ def load(path, name=None):
     settings = checkpoint.get("args", {})
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
     metadata = plain(checkpoint) | plain(settings if isinstance(settings, dict) else {})
-    if not name and re.fullmatch(r"resnet18|wrn-\d+-\d+", str(metadata.get("arch"))):
-        name = metadata["arch"]
+    if not name:
+        with contextlib.suppress(ValueError):  # in other people's files it can be any word
+            build(str(metadata.get("arch")))
+            name = metadata["arch"]
     first = next(iter(build(name or "resnet18").state_dict()))  # what a state dict holds
     prefixes, states = re.compile(r"^((module|model|net|_orig_mod|\d+)\.)+"), {}
     for key, state in {"": checkpoint, **checkpoint}.items():

@@ -135,14 +135,16 @@ def test_a_copy_that_is_another_function_is_refused(own, data, tmp_path, refused
 
 
 def test_a_network_of_ones_own(own, data, tmp_path, capsys, refused):
+    """A run says which network it is of; weights alone need --arch."""
     run(data, "--out", tmp_path, "--arch", "own")
-    words = [tmp_path / "last.pt", "--data", data, "--attacks", "nat"]
+    weights, words = load(tmp_path / "last.pt")["model"], ["--data", data, "--attacks", "nat"]
+    torch.save(weights, tmp_path / "alone.pt")
+    for file, *named in ["last.pt"], ["alone.pt", "--arch", "own"]:
+        evaluate(tmp_path / file, *words, *named)
+        assert f"| {tmp_path / file} | 30 | 8/255 |" in capsys.readouterr().out
+    assert same(models.load(tmp_path / "last.pt")[0].state_dict(), weights)
     said = "other networks are evaluated from Python, or by --arch if models.build knows them"
-    refused(said, evaluate, *words)
-    evaluate(*words, "--arch", "own")
-    assert f"| {tmp_path}/last.pt | 30 | 8/255 |" in capsys.readouterr().out
-    net, _ = models.load(tmp_path / "last.pt", "own")
-    assert same(net.state_dict(), load(tmp_path / "last.pt")["model"])
+    refused(said, evaluate, tmp_path / "alone.pt", *words)
 
 
 def test_a_replay_leaves_earlier_results_alone(fake_cuda):
