@@ -671,7 +671,7 @@ def parse_args(argv=None):
     add("--train-size", "train on the first N images (default: all)", type=positive, metavar="N")
     add("--epochs", "length of the run; the schedule scales with it", 120, type=positive)
     add("--burn-in", "last epoch with all weights 1 (default: epochs * 75/120)", type=natural)
-    add("--lr-milestones", "of 120: lr / 10 after 75, 90", nargs="*", type=natural, metavar="EPOCH")
+    add("--lr-milestones", "lr / 10 after E (75, 90 of 120)", nargs="*", type=natural, metavar="E")
     add("--batch-size", "of all processes together", 128, type=number(int, 2))
     add("--lr", "learning rate (default: 0.01 for resnet18, 0.1 for wrn)", type=real)
     add("--weight-decay", "of SGD (default: 3.5e-3 for resnet18, 7e-4 for wrn)", type=real)
