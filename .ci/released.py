@@ -3,7 +3,7 @@
     git clone https://github.com/QizhouWang/MAIL ../MAIL
     python .ci/released.py ../MAIL CKPT DATA
 
-The paper builds on that code, which holds AT, TRADES and MART too. Ours is `train_step` with
+The paper builds on MAIL, whose code holds AT, TRADES and MART too. Ours is `train_step` with
 `--weight-norm mail`, in float64. Both take the first 64 test images and the same noise; pixels are
 kept off 0 and 1, since that code does not clamp PGD's start.
 """

@@ -46,22 +46,19 @@ def test_what_people_copy():
     plain = [re.sub(r'    """.*?"""\n', "", source, flags=re.S) for source in sources]
     assert functions == "\n\n".join(["import torch\nimport torch.nn.functional as F\n", *plain])
     torch.manual_seed(0)
-    x_adv, logits_adv, y = *(3 * torch.randn(2, 64, 10)), torch.arange(64) % 10
-    copied = {"model": torch.nn.Identity(), "x_adv": x_adv, "logits_adv": logits_adv, "y": y}
+    x, x_adv, y = *(3 * torch.randn(2, 64, 10)), torch.arange(64) % 10
+    copied = {"model": torch.nn.Identity(), "x": x, "x_adv": x_adv, "y": y}
     exec(functions, copied)
     at, trades = losses.split("\n\n")
 
-    def check(code, name, logits_nat, logits):
+    before = at.partition(" becomes")[0].removeprefix("# AT: ")
+    margins = clirat.cl_pm(x_adv.softmax(1), y)
+    for code, name in (before, "at"), (at, "clirat"), (trades, "clir-trades"):
         exec(code, copied)
         method = clirat.METHODS[name]
-        margins = clirat.cl_pm(logits.softmax(1), y)
         weights = method.margin and clirat.instance_weights(margins, method.gamma, method.beta)
-        expected = clirat.LOSSES[method.loss](logits_nat, logits, y, method.trade_off, weights)
+        expected = clirat.LOSSES[method.loss](x, x_adv, y, method.trade_off, weights)
         torch.testing.assert_close(copied["loss"], expected)
-
-    check(at.partition(" becomes")[0].removeprefix("# AT: "), "at", None, x_adv)
-    check(at, "clirat", None, x_adv)
-    check(trades, "clir-trades", x_adv, logits_adv)
 
 
 def test_evaluation_from_python(monkeypatch, capsys):
